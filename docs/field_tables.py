@@ -58,9 +58,9 @@ KINDS = {
 NOT_KEYWORDS = ("prompt", "image", "last_image", "face_image", "consent", "variants", "character", "priority")
 """Fields of a shot that are arguments of the library's methods by other types, and those of scripts only."""
 KEYWORD_TYPES = {
-    "lora": "Lora | Sequence[Lora]",
+    "lora": "_Lora | Sequence[_Lora]",
     "video_model": "str",  # also those of other packages
-    "video_lora": "Lora | VideoLora | Sequence[Lora | VideoLora]",
+    "video_lora": "_Lora | VideoLora | Sequence[_Lora | VideoLora]",
     "num_frames": "int | str",  # auto, and for:TRAINER:MODEL
     "steps": "Mapping[str, int]",
     "guidance": "Mapping[str, float]",
