@@ -65,7 +65,7 @@ _THREADS = 2
 _LIBRARIES = "torch", "onnxruntime-gpu", "av"
 """Distributions whose version may change bits."""
 _OTHER_LIBRARIES = "diffusers", "transformers", "numpy", "ray"
-Status = Literal["equal", "different", "unknown"]
+_Status = Literal["equal", "different", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class _FileResult:
     """Comparison of one file with its reference."""
 
     file: str
-    status: Status
+    status: _Status
     """unknown: no result of this kind of device is stored, and the difference is one that kinds of devices may have."""
     largest: int
     """Largest difference of a value in levels of 255. 255 if the size or the number of frames differs. The same for `mean`."""
@@ -173,7 +173,7 @@ def _compared(item: str, path: Path, kind: str, kinds: Mapping[str, _Stored]) ->
         largest, mean = int(difference.max()), round(float(difference.mean()), 3)
     known = [kinds[kind]] if kind in kinds else list(kinds.values())
     is_equal = any(stored.sha256.get(name) == sha256 for stored in known)
-    status: Status = "equal" if is_equal else "different" if kind in kinds or mean > _MAX_MEAN else "unknown"
+    status: _Status = "equal" if is_equal else "different" if kind in kinds or mean > _MAX_MEAN else "unknown"
     return _FileResult(path.name, status, largest, mean, sha256)
 
 
