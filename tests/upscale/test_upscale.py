@@ -11,7 +11,7 @@ import pytest
 from av.sidedata.sidedata import Type as SideData
 
 from tests.upscale.conftest import FAST, TAGGED
-from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
+from tests.upscale.videos import SIZE, decoded, disc, packets, picture, woven, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.media_file import append_xmp
 from vidgen_ray.profile import ProvenanceSettings
@@ -289,6 +289,39 @@ def test_cuts_repeat_the_frame_before_and_sixteen_bits_stay():
     assert drawn.dtype == np.uint16
     shallow = list(interpolated(iter([picture(0), picture(1)]), wanted, network))[1]
     assert np.abs(drawn / 257 - shallow).mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("order", "suffix", "codec", "options"),
+    [
+        ("tff", ".mp4", "libx264", {"x264-params": "tff=1"}),
+        ("bff", ".ts", "mpeg2video", {"flags": "+ilme+ildct", "b": "5000000"}),
+        ("tff", ".mp4", "libx264", {"x264-params": "bff=1"}),  # the tags lie
+        ("bff", ".mkv", "libx264", {}),
+    ],
+)
+def test_deinterlaced_frames_are_those_of_the_progressive_video(tmp_path, order, suffix, codec, options):
+    size, moving = (160, 96), {"codec": codec, "time_base": Fraction(1, 25), "colour": TAGGED, "draw": woven(order)}
+    video = write_video(tmp_path / f"in{suffix}", 16, size=size, options={"g": "4", "crf": "12", **options}, **moving)
+    plain, deinterlaced = read_source(video), read_source(video, deinterlace=True)
+    frames = list(FrameReader(deinterlaced).read(0, 16))
+    for number, (combed, got) in enumerate(zip(FrameReader(plain).read(0, 16), frames, strict=True)):
+        truth = disc(2 * number, *size)
+        assert psnr(got, truth) > psnr(combed, truth) + 5
+    # Segments start anywhere.
+    np.testing.assert_array_equal(list(FrameReader(deinterlaced).read(9, 16)), frames[9:])
+    assert any("is interlaced" in note for note in plain.notes) == bool(options)
+    assert not any("interlaced" in note for note in deinterlaced.notes)
+
+
+def test_progressive_video_is_not_deinterlaced_whatever_its_tags(tmp_path, upscale):
+    moving = {"colour": TAGGED, "draw": lambda number, width, height, **_: disc(number, width, height)}
+    video = write_video(tmp_path / "in.mp4", 12, size=(160, 96), options={"x264-params": "tff=1"}, **moving)
+    report = upscale(video, tmp_path / "out.mp4", deinterlace=True)
+    assert report.notes == ("no interlaced frames were found; --deinterlace changes nothing",)
+    still = {"colour": TAGGED, "draw": lambda number, width, height, **_: disc(0, width, height)}
+    video = write_video(tmp_path / "still.mp4", 4, size=(160, 96), options={"x264-params": "tff=1"}, **still)
+    assert "parity=tff" in read_source(video, deinterlace=True).deinterlacer
 
 
 # Provenance: recorded media is not called generated, generated media keeps its record and manifest.

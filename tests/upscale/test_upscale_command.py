@@ -102,6 +102,8 @@ def test_preview_shows_both_versions_beside_each_other(run):
     assert "out/in.preview.mp4: 12 frames of 256x96" in errors
     frames, _ = decoded(Path("out/in.preview.mp4"))
     assert (len(frames), frames[0].shape) == (12, (96, 256, 3))
+    code, _, errors = run("in.mp4 -o out --preview 1s --deinterlace --force")
+    assert (code, "in.mp4: no interlaced frames were found" in errors) == (0, True)
 
 
 def command_in_a_fork(segment_frames, words):
@@ -144,11 +146,11 @@ def test_killed_and_interrupted_commands_are_resumed_to_the_bytes_of_an_undistur
     assert not segments.exists()
 
 
-def read_source_dropping_an_interrupt(video):
+def read_source_dropping_an_interrupt(video, **options):
     """Read a video. Ctrl-C is pressed meanwhile, and its exception is dropped, as some imports of libraries do."""
     with suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-    return read_source(video)
+    return read_source(video, **options)
 
 
 def test_interrupt_whose_exception_is_dropped_ends_the_command(run, monkeypatch):

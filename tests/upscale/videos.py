@@ -1,6 +1,6 @@
 """Videos made on the spot for the tests of `vidgen upscale`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,25 @@ def picture(number: int, width: int = SIZE[0], height: int = SIZE[1], levels: in
     return (pixels * (levels // 255)).astype(np.uint8 if levels == 255 else np.uint16)
 
 
+def disc(number: int, width: int, height: int) -> np.ndarray:
+    """Return image `number` of a disc that moves by 3 pixels per image, (height, width, 3)."""
+    y, x = np.mgrid[0:height, 0:width]
+    ground = 100 + 30 * (np.sin(x / 7) + np.cos(y / 9))
+    return np.repeat(np.where(np.hypot(x - 20 - 3 * number, y - 48) < 18, 230, ground)[..., None], 3, -1).astype(np.uint8)
+
+
+def woven(order: str) -> Callable[..., np.ndarray]:
+    """Return a function that draws frame n of an interlaced video: lines of discs 2n and 2n + 1. `order`: tff or bff."""
+
+    def draw(number: int, width: int, height: int, **_: int) -> np.ndarray:
+        pixels = disc(2 * number, width, height)
+        second = slice(int(order == "tff"), None, 2)
+        pixels[second] = disc(2 * number + 1, width, height)[second]
+        return pixels
+
+    return draw
+
+
 def write_video(
     path: Path,
     frames: int = 12,
@@ -41,6 +60,7 @@ def write_video(
     colour: tuple[int, int, int, int] | None = None,
     rotation: int | None = None,
     metadata: dict[str, str] | None = None,
+    draw: Callable[..., np.ndarray] = picture,
 ) -> Path:
     """Write a video of `frames` frames. `times` are in units of `time_base`. `colour`: matrix, primaries, transfer, range."""
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -72,7 +92,7 @@ def write_video(
             container.set_chapters(entries)
         deep = "10" in pixel_format
         for number in range(frames):
-            pixels = picture(number, *size, levels=65535 if deep else 255)
+            pixels = draw(number, *size, levels=65535 if deep else 255)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le" if deep else "rgb24").reformat(format=pixel_format)
             frame.pts, frame.time_base = number if times is None else times[number], time_base
             container.mux(video.encode(frame))

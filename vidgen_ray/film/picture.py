@@ -4,7 +4,7 @@ title cards, cross-fade.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from itertools import chain, islice
@@ -23,44 +23,9 @@ from vidgen_ray.film.film_settings import FilmSettings, PixelSize
 from vidgen_ray.film.timeline import FilmTimeline, Piece, TimelineItem
 from vidgen_ray.media import read_image
 from vidgen_ray.media.decode import open_video_stream
+from vidgen_ray.media.filters import add_chain, filtered
 from vidgen_ray.media.media_file import load_font, missing_letter, wrap_errors
 from vidgen_ray.stages.base import Image
-
-
-def add_chain(graph: Graph, source: Any, filters: Sequence[str]) -> Any:
-    """Append filters, written as `name=options`, to a node of the graph. Return the last one."""
-    node = source
-    for text in filters:
-        name, _, options = text.partition("=")
-        following = graph.add(name, options or None)
-        node.link_to(following)
-        node = following
-    return node
-
-
-def filtered(rounds: Iterable[Sequence[Any]], inputs: Sequence[Any], sink: Any) -> Iterator[Any]:
-    """Push frames into a configured graph, in each round one into each of its open inputs, and yield what comes out.
-
-    Stops when a filter has ended the stream, even if there are more frames. Endless with a filter such as tpad.
-    """
-    for frames in chain(rounds, [(None,) * len(inputs)]):
-        for source, frame in zip(inputs, frames, strict=True):
-            source.push(frame)
-        if (yield from _available(sink)):
-            return
-
-
-def _available(sink: Any) -> Generator[Any, None, bool]:
-    """Yield the frames that the graph has ready. Return true at the end of the stream."""
-    while True:
-        try:
-            frame = sink.pull()
-        except av.BlockingIOError:
-            return False
-        except av.EOFError:
-            return True
-        yield frame
-
 
 CAPTION_HEIGHT, TITLE_HEIGHT = 1 / 18, 1 / 10
 """Height of the letters as a share of the shorter side of the picture."""

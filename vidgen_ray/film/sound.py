@@ -18,9 +18,10 @@ from av.filter import Graph
 
 from vidgen_ray.errors import SetupError, UsageError, install_command
 from vidgen_ray.film.film_settings import FilmSettings
-from vidgen_ray.film.picture import OpenFile, add_chain, filtered
+from vidgen_ray.film.picture import OpenFile
 from vidgen_ray.film.pieces import content_key
 from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, TimelineItem, open_sound
+from vidgen_ray.media.filters import add_chain, filtered
 from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import new_file

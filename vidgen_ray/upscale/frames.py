@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream
 from vidgen_ray.media.encode import Mp4Settings, VideoWriter
+from vidgen_ray.media.filters import through_filter
 from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.stages.base import torch_threads
 from vidgen_ray.stages.rife import frames_between
@@ -65,7 +67,7 @@ class FrameReader:
         path = self._source.path
         if self._decoded is None or start != self._next:
             self.close()
-            self._decoded, self._next = _decoded(self._source, start), start
+            self._decoded, self._next = _progressive(self._source, start), start
         while self._next < stop:
             with wrap_errors(f"{path}: frame {self._next} cannot be decoded"):
                 frame = next(self._decoded, None)
@@ -83,6 +85,17 @@ class FrameReader:
         decoded, self._decoded = self._decoded, None
         if decoded is not None:
             decoded.close()
+
+
+def _progressive(source: VideoSource, start: int) -> Generator[Any, None, None]:
+    """Yield the frames from `start` on, deinterlaced if the source is."""
+    if source.deinterlacer is None:
+        yield from _decoded(source, start)
+        return
+    # A frame is made of those before and after it.
+    before = min(1, start)
+    with closing(_decoded(source, start - before)) as frames:
+        yield from islice(through_filter(frames, source.deinterlacer), before, None)
 
 
 def _decoded(source: VideoSource, start: int) -> Generator[Any, None, None]:

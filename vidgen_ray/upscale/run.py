@@ -80,6 +80,8 @@ class UpscaleOptions:
     """Size in pixels that the result fits in."""
     fps: Fraction | None = None
     """Frames per second of the result, drawn by RIFE. `None` keeps the times of the source."""
+    deinterlace: bool = False
+    """Make a progressive frame of each interlaced one."""
     force: bool = False
     """Replace existing files."""
     provenance: ProvenanceSettings = DEFAULT_PROVENANCE
@@ -155,7 +157,7 @@ def upscale_file(
     check_signing(options.provenance)
     if options.provenance.signing_key is not None and FORMATS[out.suffix.lower()] == "matroska":
         raise MediaError(f"{out}: Matroska files cannot be signed (C2PA); choose .mp4 or .mov, or do not pass a key")
-    source, size = planned_size(read_source(video.absolute()), options)
+    source, size = planned_size(read_source(video.absolute(), deinterlace=options.deinterlace), options)
     kept, not_copied = plan_copies(source, out.suffix.lower())
     timeline = timeline_of(source, options.fps)
     request = _request(source, size, options)
@@ -249,6 +251,7 @@ def _request(source: VideoSource, size: Size, options: UpscaleOptions) -> str:
         "fields": [repr(attrgetter(name)(options.shot)) for name in RealESRGANStage.reads],
         "size": size,
         "pixel_aspect": str(source.pixel_aspect),
+        "deinterlacer": source.deinterlacer,
         "encode": options.encode.model_dump(),
         "fps": None if options.fps is None else [str(options.fps), digest(resolve(INTERPOLATOR))],
         "provenance": options.provenance.for_key(),
@@ -329,7 +332,7 @@ def write_preview(
     path = out.with_name(f"{out.stem}.preview.mp4")
     if path.exists() and not options.force:
         raise MediaError(f"{path}: exists; replace it with --force")
-    source, size = planned_size(read_source(video), options)
+    source, size = planned_size(read_source(video, deinterlace=options.deinterlace), options)
     count = min(source.frame_count, max(1, round(seconds * source.fps)))
     start = (source.frame_count - count) // 2
     on_progress(0, count, 0)
@@ -357,5 +360,6 @@ def write_preview(
         frames=count,
         size=f"{2 * size[0]}x{size[1]}",
         seconds=round(time.monotonic() - begin, 3),
+        notes=source.notes,
         metadata=options.provenance.metadata,
     )

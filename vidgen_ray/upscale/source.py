@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,13 @@ from av.sidedata.sidedata import Type as SideData
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream, read_packets, video_container
+from vidgen_ray.media.filters import through_filter
 from vidgen_ray.media.media_file import wrap_errors
 
+FIELD_FRAMES = 500
+"""Frames in which fields are looked for."""
+BOTTOM_FIRST = 3, 4
+"""FFmpeg's numbers of the orders of fields in which the bottom field is shown first."""
 AV_TIME_BASE = 1_000_000
 """FFmpeg's units of a second for the duration of a file."""
 MAX_MISSING_S = 1.0
@@ -96,6 +101,8 @@ class VideoSource(FrameTimes):
     keyframe_times: tuple[int, ...]
     """Times of keyframes, in order. Empty if frames can only be reached by decoding all frames before."""
     hdr: HdrMetadata
+    deinterlacer: str | None
+    """FFmpeg filter through which frames are read. `None` if they are read as they are."""
     notes: tuple[str, ...]
     """Properties of this file that are not kept, and assumptions."""
 
@@ -123,9 +130,10 @@ class HdrMetadata:
     """MaxCLL and MaxFALL in cd/m²."""
 
 
-def read_source(path: Path) -> VideoSource:
+def read_source(path: Path, *, deinterlace: bool = False) -> VideoSource:
     """Read the properties of a video. All packets are read, one frame is decoded.
 
+    `deinterlace`: also decode up to FIELD_FRAMES, to find out whether and how it is interlaced.
     Raises MediaError if it is missing, no video of a supported format, or truncated.
     """
     container = video_container(path)
@@ -135,6 +143,7 @@ def read_source(path: Path) -> VideoSource:
             fps, time_base = stream.average_rate or stream.guessed_rate, Fraction(stream.time_base)
             aspect = Fraction(stream.sample_aspect_ratio or 1)
             declared_s = (opened.duration or 0) / AV_TIME_BASE
+            is_interlaced, tagged_order = first is not None and first.interlaced_frame, stream.codec_context.field_order
         packets = [
             (packet.pts, packet.duration or 0, bool(packet.is_keyframe))
             for packet in read_packets(path, container)
@@ -145,6 +154,13 @@ def read_source(path: Path) -> VideoSource:
     quarter_turns = round(first.rotation / 90) % 4
     sideways = quarter_turns % 2
     colour, notes = _colour_of(first)
+    order = _field_order(path, container, is_interlaced, tagged_order) if deinterlace else None
+    if deinterlace and order is None:
+        notes.append("no interlaced frames were found; --deinterlace changes nothing")
+    elif is_interlaced and order is None:
+        notes.append(
+            "is interlaced; its fields are upscaled as they are, and tagged as progressive; --deinterlace removes them"
+        )
     times, keyframe_times, notes_on_times = _times_of(packets, Fraction(fps), time_base)
     frames_s = float(times.duration)
     if declared_s > frames_s + MAX_MISSING_S:
@@ -166,8 +182,25 @@ def read_source(path: Path) -> VideoSource:
         colour=colour,
         keyframe_times=keyframe_times,
         hdr=_hdr_of(first),
+        deinterlacer=None if order is None else f"bwdif=mode=send_frame:parity={order}:deint=all",
         notes=(*notes, *notes_on_times, *_lost(first)),
     )
+
+
+def _field_order(path: Path, container: str, is_interlaced: bool, tag: int) -> str | None:
+    """Return `tff` or `bff`, the field that comes first, or `None` if the frames are progressive.
+
+    The pixels decide (FFmpeg's idet), since tags are often missing or wrong. If nothing moves, those of the file do.
+    `tag`: FFmpeg's number of the order.
+    """
+    counts = dict.fromkeys(("tff", "bff", "progressive"), 0.0)
+    with wrap_errors(f"{path}: cannot be decoded"), open_video_stream(path, container) as (opened, stream):
+        for frame in through_filter(islice(opened.decode(stream), FIELD_FRAMES), "idet"):
+            counts = {name: float(frame.metadata[f"lavfi.idet.single.{name}"]) for name in counts}
+    if not any(counts.values()):
+        return ("bff" if tag in BOTTOM_FIRST else "tff") if is_interlaced else None
+    found = max(counts, key=lambda name: counts[name])
+    return None if found == "progressive" else found
 
 
 def _times_of(
@@ -203,8 +236,6 @@ def _colour_of(frame: Any) -> tuple[Colour, list[str]]:
 def _lost(frame: Any) -> list[str]:
     """Return what of the picture is not kept."""
     notes = []
-    if frame.interlaced_frame:
-        notes.append("is interlaced; frames are upscaled as they are, without deinterlacing, and tagged as progressive")
     components = frame.format.components
     if not frame.format.is_rgb and len(components) >= 3 and components[1].height == frame.height:
         notes.append("its chroma has more than half of the resolution; the upscaled chroma is stored as 4:2:0")

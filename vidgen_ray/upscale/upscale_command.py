@@ -90,6 +90,13 @@ def upscale(
             help="Constant frames per second, drawn by RIFE: 60 or 60000/1001. Default: the frames and times of the video.",
         ),
     ] = None,
+    deinterlace: Annotated[
+        bool,
+        typer.Option(
+            "--deinterlace",
+            help="Make a progressive frame of each interlaced one (bwdif). Default: a note if it is interlaced.",
+        ),
+    ] = False,
     model: Annotated[
         str,
         typer.Option(
@@ -165,6 +172,7 @@ def upscale(
         scale=None if to else (2 if scale is None else scale),
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
+        deinterlace=deinterlace,
         force=force,
         provenance=marks.settings(DEFAULT_PROVENANCE),
     )
