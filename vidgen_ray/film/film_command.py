@@ -39,6 +39,7 @@ FILM_OPTIONS = ModelOptions.of(
     fade_s={"metavar": "SECONDS", "rich_help_panel": DETAILS_PANEL},
     still_s={"metavar": "SECONDS", "rich_help_panel": DETAILS_PANEL},
     captions={"metavar": "file|burn|none"},
+    timeline={"metavar": "otio|fcpxml"},
     font={"metavar": "FILE", "rich_help_panel": DETAILS_PANEL},
     music={"metavar": "FILE"},
     narration={"metavar": "FILE"},
@@ -142,7 +143,7 @@ def film(
         return
     pieces = f"{report.copied} copied, {report.rendered} rendered, {report.reused} unchanged"
     typer.echo(f"{report.film}: {report.shots} shots, {report.seconds:.1f} s, {report.size}, {report.fps:g} fps ({pieces})")
-    for file in report.captions:
+    for file in (*report.captions, *([report.timeline] if report.timeline else [])):
         typer.echo(file)
 
 

@@ -130,6 +130,10 @@ class FilmSettings(StrictModel):
     captions: Literal["file", "burn", "none"] = Field(
         "file", description="file: write captions as .srt and .vtt beside the film. burn: also draw them into the picture."
     )
+    timeline: Literal["otio", "fcpxml"] | None = Field(
+        None,
+        description="Also write the film as an edit: otio (OpenTimelineIO, extra `film`), or fcpxml (Final Cut, Resolve).",
+    )
     font: Path | None = Field(None, description="Font of titles and burnt-in captions (.ttf, .otf). Default: DejaVu Sans.")
     music: Path | None = Field(None, description="Sound file, repeated to the end of the film and faded out.")
     music_db: float = Field(-6.0, ge=-60, le=12, description="Gain of the music in dB.")

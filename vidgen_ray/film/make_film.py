@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidgen_ray.errors import UsageError
+from vidgen_ray.film.edit_files import EditCaption, check_edit, write_edit
 from vidgen_ray.film.film_settings import ChosenShot, FilmSettings, ShotCandidate, choose_shots, manifest_candidates
 from vidgen_ray.film.picture import check_texts
 from vidgen_ray.film.pieces import content_key, keep_only, plan_pieces, render_pieces, write_film
@@ -102,6 +103,8 @@ class FilmReport:
     rendered: int
     captions: tuple[str, ...]
     """Paths of the caption files."""
+    timeline: str | None
+    """Path of the edit."""
     notes: tuple[str, ...]
     """Hints for the user, such as a narration that was cut."""
     metadata: Detail
@@ -131,6 +134,7 @@ def make_film(
         raise UsageError(f"film: got {str(path)!r}, must end in {SUFFIX}")
     marking = provenance or setting_of_last_run(outputs, ProvenanceSettings, "profile", "provenance") or DEFAULT_PROVENANCE
     check_signing(marking)
+    check_edit(settings, outputs.storage.local)
     if candidates is None:
         candidates = manifest_candidates(outputs.storage)
     if settings.encode is None:
@@ -157,7 +161,7 @@ def make_film(
         on_progress("Mixing the sound", 0, 1)
         write_sound(sound, tracks, timeline, settings)
     on_progress("Joining", 0, 1)
-    record = joined_record(inputs, "film", marking)
+    record = joined_record([*inputs.values()], "film", marking)
     metadata = metadata_of(record)
 
     def sign(film: Path) -> None:
@@ -169,6 +173,23 @@ def make_film(
 
     write_film(path, pieces, timeline, folder, open_clip, sound, settings.title, metadata, sign)
     captions = _write_captions(path, timeline, settings)
+    edit, notes = None, _notes(timeline, settings, narration_s)
+    if settings.timeline is not None and outputs.storage.local is not None:
+        on_progress("Writing the timeline", 0, 1)
+        shown = [] if settings.captions == "none" else cues(timeline)
+        frames = [tuple(round(ms * timeline.fps / 1000) for ms in (cue.start_ms, cue.stop_ms)) for cue in shown]
+        edit_captions = [EditCaption(start, stop - start, cue.text) for cue, (start, stop) in zip(shown, frames, strict=True)]
+        edit, of_edit = write_edit(
+            path,
+            timeline,
+            settings,
+            tracks,
+            edit_captions,
+            outputs.storage.local,
+            open_clip,
+            lambda source: metadata_of(None if source is None else joined_record([inputs[source]], "film", marking)),
+        )
+        notes += of_edit
     keys = {piece.key for piece in pieces if piece.key is not None}
     keep_only(folder, {f"{key}{SUFFIX}" for key in keys} | spoken | ({sound.name} if sound else set()))
     copied = sum(piece.key is None for piece in pieces)
@@ -182,15 +203,16 @@ def make_film(
         reused=len(pieces) - copied - rendered,
         rendered=rendered,
         captions=captions,
-        notes=tuple(_notes(timeline, settings, narration_s)),
+        timeline=None if edit is None else str(edit),
+        notes=tuple(notes),
         metadata=marking.metadata,
     )
 
 
 def _sources(
     outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: _Progress
-) -> tuple[list[ChosenShot], list[InputFile]]:
-    """Return the sources of the film, and what the metadata of its clips and images says, each once."""
+) -> tuple[list[ChosenShot], dict[str, InputFile]]:
+    """Return the sources of the film, and path -> what the metadata of a clip or image says."""
     sources, inputs = [], dict[str, InputFile]()
     for number, shot in enumerate(chosen):
         on_progress("Reading clips", number, len(chosen))
@@ -204,7 +226,7 @@ def _sources(
                 source = InputFile(shot.sha256, FoundProvenance(None, "trainedAlgorithmicMedia"))
             inputs[shot.path] = source
         sources.append(shot._replace(clip=clip))
-    return sources, list(inputs.values())
+    return sources, inputs
 
 
 def _with_speech(

@@ -140,9 +140,11 @@ def render_pieces(
     folder: Path,
     open_file: OpenFile,
     on_piece: Callable[[int], None],
+    metadata: FileMetadata | None = None,
 ) -> int:
     """Render the pieces that are missing in the folder. Return how many. Calls `on_piece` with the number of pieces ready.
 
+    `metadata`: that of their files.
     Raises MediaError if a clip cannot be decoded.
     """
     rendered = 0
@@ -150,7 +152,7 @@ def render_pieces(
         if key is not None and not (path := folder / f"{key}.mp4").exists():
             with (
                 new_file(path) as tmp,
-                Mp4Writer(tmp, *timeline.size, timeline.fps, encode_settings(settings)) as video,
+                Mp4Writer(tmp, *timeline.size, timeline.fps, encode_settings(settings), metadata) as video,
             ):
                 for frame in piece_frames(piece, timeline, settings, open_file):
                     video.write_frame(frame)

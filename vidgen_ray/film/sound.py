@@ -197,6 +197,16 @@ def write_sound(path: Path, tracks: Tracks, timeline: FilmTimeline, settings: Fi
         output.mux(stream.encode(None))
 
 
+def write_stem(path: Path, tracks: Tracks, timeline: FilmTimeline) -> None:
+    """Mix tracks as they are, and write them as 24-bit WAV, as long as the film. Raises MediaError."""
+    filters = [*_exact_length(timeline.samples), "aformat=sample_fmts=s32"]
+    with wrap_errors(f"{path}: cannot be written"), new_file(path) as tmp, av.open(str(tmp), "w", "wav") as output:
+        stream = output.add_stream("pcm_s24le", rate=SAMPLE_RATE, layout="stereo")
+        for frame in _numbered(_mix(tracks, timeline, filters)):
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+
+
 def _normalisation(tracks: Tracks, timeline: FilmTimeline, target_lufs: float) -> list[str]:
     """Measure the loudness of the mix. Return the filters that bring it to the target, none if it is silent."""
     metadata: dict[str, str] = {}

@@ -21,9 +21,9 @@ from vidgen_ray.media.decode import open_video_stream, read_packets, video_conta
 from vidgen_ray.media.filters import through_filter
 from vidgen_ray.media.media_file import wrap_errors
 
-FIELD_FRAMES = 500
+_FIELD_FRAMES = 500
 """Frames in which fields are looked for."""
-BOTTOM_FIRST = 3, 4
+_BOTTOM_FIRST = 3, 4
 """FFmpeg's numbers of the orders of fields in which the bottom field is shown first."""
 AV_TIME_BASE = 1_000_000
 """FFmpeg's units of a second for the duration of a file."""
@@ -133,7 +133,7 @@ class HdrMetadata:
 def read_source(path: Path, *, deinterlace: bool = False) -> VideoSource:
     """Read the properties of a video. All packets are read, one frame is decoded.
 
-    `deinterlace`: also decode up to FIELD_FRAMES, to find out whether and how it is interlaced.
+    `deinterlace`: also decode the first _FIELD_FRAMES, to find out whether and how it is interlaced.
     Raises MediaError if it is missing, no video of a supported format, or truncated.
     """
     container = video_container(path)
@@ -195,10 +195,10 @@ def _field_order(path: Path, container: str, is_interlaced: bool, tag: int) -> s
     """
     counts = dict.fromkeys(("tff", "bff", "progressive"), 0.0)
     with wrap_errors(f"{path}: cannot be decoded"), open_video_stream(path, container) as (opened, stream):
-        for frame in through_filter(islice(opened.decode(stream), FIELD_FRAMES), "idet"):
+        for frame in through_filter(islice(opened.decode(stream), _FIELD_FRAMES), "idet"):
             counts = {name: float(frame.metadata[f"lavfi.idet.single.{name}"]) for name in counts}
     if not any(counts.values()):
-        return ("bff" if tag in BOTTOM_FIRST else "tff") if is_interlaced else None
+        return ("bff" if tag in _BOTTOM_FIRST else "tff") if is_interlaced else None
     found = max(counts, key=lambda name: counts[name])
     return None if found == "progressive" else found
 
