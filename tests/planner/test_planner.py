@@ -35,7 +35,7 @@ from vidgen_ray.planner import (
 from vidgen_ray.planner.cluster import H100
 from vidgen_ray.planner.demand import ENCODE_SECONDS, ENCODING
 from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, GROUP_GB, PROCESS_HOST_GB, Slot, WorkerSpec
-from vidgen_ray.planner.solver import more_slots
+from vidgen_ray.planner.solver import _PackingModel, more_slots
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.svd import SVDStage
@@ -82,6 +82,19 @@ def test_fused_layout_if_all_stages_fit_on_one_gpu_otherwise_an_efficient_hybrid
             planned = plan_run(gpu_profile(B6), demand, parse_gpus(gpus))
             assert (planned.layout.kind, planned.efficiency > efficiency) == (kind, True), gpus
             assert all(slot.workers[0].gpus == 1 and len(slot.workers) == 1 for slot in planned.layout.slots), gpus
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("demo", None), ("tiny", None), ("gpu-80gb", "1x80GB"), ("gpu-80gb", "2x8x80GB")])
+def test_plan_without_a_choice_needs_no_solver(name, gpus, monkeypatch):
+    cluster = Cluster((Node((), 2, 8.0), Node((), 5, 8.0))) if gpus is None else parse_gpus(gpus)
+    arguments = load_profile(name), demand_of([Shot(prompt="a", use_hunyuan_style=True)] * 30), cluster
+    with monkeypatch.context() as patched:
+        patched.setattr(_PackingModel, "_best_values", None)
+        direct = plan(*arguments)
+    monkeypatch.setattr(_PackingModel, "_values_of_one_option", lambda model: None)
+    solved = plan(*arguments)
+    assert direct.layout == solved.layout
+    assert direct.shots_per_hour == pytest.approx(solved.shots_per_hour)
 
 
 def test_one_cluster_runs_three_video_models():

@@ -16,7 +16,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 DEFERRED = (
     "boto3",
@@ -139,6 +138,9 @@ def deferred_imports(device: str, *, compiles: bool = False) -> Iterator[None]:
     if device != "cpu" or compiles:
         yield
         return
+    # It imports asyncio and ssl, which commands without networks do not need.
+    from unittest.mock import patch
+
     with deferred_packages():
         import torch.distributed
 

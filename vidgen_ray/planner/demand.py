@@ -182,10 +182,12 @@ def _fixed_share(samples: Sequence[tuple[float, RelativeCost]]) -> float | None:
     ratios = [cost.steps / cost.fixed for _, cost in samples]
     if max(ratios) < MIN_STEP_RATIO * min(ratios):
         return None
-    from scipy.optimize import nnls
-
     rows = np.array([(cost.fixed / seconds, cost.steps / seconds) for seconds, cost in samples])
-    (fixed_s, step_s), _ = nnls(rows, np.ones(len(rows)))
+    fixed_s, step_s = np.linalg.lstsq(rows, np.ones(len(rows)))[0]
+    if min(fixed_s, step_s) < 0:
+        # Only the part that explains more of the seconds alone.
+        fixed_alone, steps_alone = rows.sum(0) ** 2 / (rows**2).sum(0)
+        return float(fixed_alone > steps_alone)
     return float(fixed_s / (fixed_s + step_s))
 
 

@@ -289,10 +289,7 @@ class _PackingModel:
 
     def solve(self) -> _Solution | None:
         """Maximise the efficiency, with a small penalty per slot and encoder."""
-        cost = self._programme.zero_cost()
-        cost[self._efficiency] = -1.0
-        cost[[*self._counts, *self._encoders]] = SLOT_WEIGHT / self._total_slots
-        values = self._programme.minimize(cost)
+        values = self._values_of_one_option() or self._best_values()
         if values is None:
             return None
         chosen = []
@@ -306,6 +303,24 @@ class _PackingModel:
             chosen=tuple(chosen),
             encoders=tuple(round(values[variable]) for variable in self._encoders),
         )
+
+    def _best_values(self) -> Any:
+        cost = self._programme.zero_cost()
+        cost[self._efficiency] = -1.0
+        cost[[*self._counts, *self._encoders]] = SLOT_WEIGHT / self._total_slots
+        return self._programme.minimize(cost)
+
+    def _values_of_one_option(self) -> dict[int, float] | None:
+        """Return what `_best_values` does, without scipy, if all slots share their time in one way. Otherwise `None`."""
+        option, times = self._options[0], self._time_variables[0]
+        slots = min(option.group.count, self._problem.max_slots)
+        is_shared = not (option.assignment.swapped_actors or option.assignment.beside_gpu)
+        if len(self._options) > 1 or self._encoders or not is_shared or slots < 1 or len(times) < len(self._problem.actors):
+            return None
+        needed = {actor: self._needs[actor] / self._problem.speed(actor, option.group.card) for actor in times}
+        efficiency = slots / sum(needed.values())
+        shares = {times[actor]: efficiency * time for actor, time in needed.items()}
+        return {self._efficiency: efficiency, self._counts[0]: slots, **shares}
 
     def _used_share(self, actor: Actor, values: Any) -> float:
         """Return the share of its time that an actor needs. One beside a GPU may have more time than that."""
