@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from importlib import import_module
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import pyarrow
 import typer
 
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
@@ -441,10 +442,20 @@ def run_script(
     """
     from vidgen_ray.batch.render_script import checked_start
 
+    _keep_pandas_out()
     checked_start(script, profile)
     with interruptible(), held_run(out, options) as lease:
         ended = _run(script, profile, out, options, lease, then_prune=then_prune)
     _print_ended(out, [ended], as_json=as_json)
+
+
+def _keep_pandas_out() -> None:
+    """Make the first array of pyarrow, which looks for pandas once. Its import takes half a second at the end of a run."""
+    if "pandas" not in sys.modules:
+        sys.modules["pandas"] = None  # type: ignore[assignment]  # as Python does for a module that cannot be imported
+        with suppress(Exception):
+            pyarrow.array([0])
+        del sys.modules["pandas"]
 
 
 @contextmanager

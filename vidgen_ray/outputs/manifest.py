@@ -573,7 +573,8 @@ class FinishedShots:
         """
         writers = open_writers(outputs.storage)
         batches = [
-            batch.filter(compute.not_equal(batch.column("status"), "failed")).select(_COLUMNS)
+            # Without its type, pyarrow imports pandas for the text.
+            batch.filter(compute.not_equal(batch.column("status"), pyarrow.scalar("failed", pyarrow.string()))).select(_COLUMNS)
             for batch in manifest_batches(outputs.storage, _COLUMNS)
         ]
         schema = pyarrow.schema([SCHEMA.field(name) for name in _COLUMNS])

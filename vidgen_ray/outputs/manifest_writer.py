@@ -243,8 +243,7 @@ def _hide(storage: Storage, name: str) -> str:
 def _is(index: pyarrow.Table, name: str, *values: str) -> NDArray[np.bool_]:
     """Return for each row, (rows,), whether the column has one of these values."""
     column = pyarrow.compute.is_in(index.column(name), value_set=pyarrow.array(values, pyarrow.string()))
-    is_equal: NDArray[np.bool_] = column.combine_chunks().to_numpy(zero_copy_only=False)
-    return is_equal
+    return np.array(column.to_pylist(), bool)  # `to_numpy` imports pandas
 
 
 def _without_replaced(file: ManifestFile, index: pyarrow.Table, replaced_ids: set[str]) -> ManifestFile:
