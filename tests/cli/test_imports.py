@@ -52,7 +52,7 @@ COMMANDS = {
     "--help": HELP,
     "validate SCRIPT": SCRIPT,
     "validate --help": SCRIPT | {"rich"},
-    "plan SCRIPT": SCRIPT | {"rich", "numpy", "scipy", "pyarrow", "more_itertools", "vidgen_ray.batch"},
+    "plan SCRIPT": SCRIPT | {"rich", "numpy", "pyarrow", "more_itertools", "vidgen_ray.batch"},
     "upscale --help": UPSCALE,
     # torchvision, which spandrel imports, needs no compiler.
     "upscale VIDEO --scale 2 --no-provenance": UPSCALE | {"spandrel", "torch", "torchvision"},

@@ -29,7 +29,7 @@ from vidgen_ray.cli.options import (
     TrainerOption,
     UntilOption,
 )
-from vidgen_ray.cli.run_script import detected, script_licences
+from vidgen_ray.cli.run_script import detected, keep_pandas_out, script_licences
 from vidgen_ray.graph import STAGE_BY_NAME, clip_length, file_sizes, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
@@ -72,6 +72,7 @@ def plan(
     """
     from vidgen_ray.batch.line_planner import estimate_run, recorded_options
 
+    keep_pandas_out()
     cluster_of_run = detected(address, gpus)
     # A long script takes a minute.
     with interruptible(), Console(stderr=True).status(f"Planning {', '.join(map(str, scripts))}"):

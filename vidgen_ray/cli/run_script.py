@@ -442,14 +442,14 @@ def run_script(
     """
     from vidgen_ray.batch.render_script import checked_start
 
-    _keep_pandas_out()
+    keep_pandas_out()
     checked_start(script, profile)
     with interruptible(), held_run(out, options) as lease:
         ended = _run(script, profile, out, options, lease, then_prune=then_prune)
     _print_ended(out, [ended], as_json=as_json)
 
 
-def _keep_pandas_out() -> None:
+def keep_pandas_out() -> None:
     """Make the first array of pyarrow, which looks for pandas once. Its import takes half a second at the end of a run."""
     if "pandas" not in sys.modules:
         sys.modules["pandas"] = None  # type: ignore[assignment]  # as Python does for a module that cannot be imported
