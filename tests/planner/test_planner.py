@@ -90,9 +90,9 @@ def test_plan_without_a_choice_needs_no_solver(name, gpus, monkeypatch):
     arguments = load_profile(name), demand_of([Shot(prompt="a", use_hunyuan_style=True)] * 30), cluster
     with monkeypatch.context() as patched:
         patched.setattr(_PackingModel, "_best_values", None)
-        direct = plan(*arguments)
+        direct = plan_run(*arguments)
     monkeypatch.setattr(_PackingModel, "_values_of_one_option", lambda model: None)
-    solved = plan(*arguments)
+    solved = plan_run(*arguments)
     assert direct.layout == solved.layout
     assert direct.shots_per_hour == pytest.approx(solved.shots_per_hour)
 
