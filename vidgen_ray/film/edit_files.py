@@ -228,6 +228,9 @@ def _fcpxml(
         add(add(shown, "text"), "text-style", ref=f"ts{number}").text = _xml_text(caption.text)
         add(add(shown, "text-style-def", id=f"ts{number}"), "text-style", font=".AppleSystemUIFont", fontSize=13)
     ElementTree.indent(root)
+    for text in root.iter("text"):
+        # White space in it would be part of the caption.
+        text.text = text[0].tail = None
     path.write_bytes(b'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE fcpxml>\n' + ElementTree.tostring(root))
 
 
