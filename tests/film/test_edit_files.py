@@ -94,7 +94,9 @@ def test_otio_has_cuts_handles_fades_stems_and_captions(made, tmp_path):
         8,
     )
     rates, handles = report.notes
-    assert rates.startswith("2 clips have another rate than 6 frames per second, or are held or slowed, and were rendered for")
+    assert rates.startswith(
+        "2 clips have another rate than 6 frames per second, or are held or slowed, and were rendered: c, b"
+    )
     assert handles.startswith(
         "2 of 5 clips have no handles in the timeline; frames beyond a cut come from a shorter duration_s"
     )

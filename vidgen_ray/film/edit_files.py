@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
@@ -16,6 +17,10 @@ from vidgen_ray.film.pieces import PlannedPiece, content_key, piece_key, render_
 from vidgen_ray.film.sound import Tracks, write_stem
 from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, Piece, TimelineItem
 from vidgen_ray.media import FileMetadata
+from vidgen_ray.system.files import write_atomically
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML cannot hold."""
 
 
 class _EditClip(NamedTuple):
@@ -45,6 +50,15 @@ class EditCaption(NamedTuple):
     start: int
     frames: int
     text: str
+
+
+class _Edit(NamedTuple):
+    name: str
+    clips: Sequence[_EditClip]
+    stems: Mapping[str, Path]
+    """Name of a track -> sound file as long as the film."""
+    captions: Sequence[EditCaption]
+    timeline: FilmTimeline
 
 
 def check_edit(settings: FilmSettings, folder: Path | None) -> None:
@@ -92,10 +106,10 @@ def write_edit(
     stems = {name: media / f"{name}.wav" for name, part in parts.items() if part}
     for name, path in stems.items():
         write_stem(path, parts[name], timeline)
-    write = _otio if settings.timeline == "otio" else _fcpxml
-    edit = film.with_suffix(f".{settings.timeline}")
-    write(edit, film.stem, clips, stems, captions, timeline)
-    return edit, _notes(clips, changed, stems, timeline)
+    edit = _Edit(film.stem, clips, stems, captions, timeline)
+    path = film.with_suffix(f".{settings.timeline}")
+    write_atomically(path, _otio(edit) if settings.timeline == "otio" else _fcpxml(edit))
+    return path, _notes(edit, changed)
 
 
 def _is_unchanged(item: TimelineItem, timeline: FilmTimeline) -> bool:
@@ -122,96 +136,85 @@ def _rendered(
     return folder / f"{key}.mp4", count
 
 
-def _notes(clips: Sequence[_EditClip], changed: Sequence[str], stems: Mapping[str, Path], timeline: FilmTimeline) -> list[str]:
+def _notes(edit: _Edit, changed: Sequence[str]) -> list[str]:
     """`changed`: names of clips that were rendered."""
     notes = []
     if changed:
-        notes.append(
-            f"{len(changed)} clips have another rate than {float(timeline.fps):g} frames per second, or are held or slowed, "
-            f"and were rendered for the timeline: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}"
+        rate, names = (
+            f"{float(edit.timeline.fps):g} frames per second",
+            ", ".join([*changed[:5], *(["..."] if len(changed) > 5 else [])]),
         )
-    if whole := sum(not clip.has_handles for clip in clips):
+        notes.append(f"{len(changed)} clips have another rate than {rate}, or are held or slowed, and were rendered: {names}")
+    if whole := sum(not clip.has_handles for clip in edit.clips):
         advice = "frames beyond a cut come from a shorter duration_s, or from transition: fade"
-        notes.append(f"{whole} of {len(clips)} clips have no handles in the timeline; {advice}")
-    if not stems:
+        notes.append(f"{whole} of {len(edit.clips)} clips have no handles in the timeline; {advice}")
+    if not edit.stems:
         notes.append("the film has no sound, and the timeline no stems; clips with sound, --music or --narration give them")
     return notes
 
 
-def _otio(
-    path: Path,
-    name: str,
-    clips: Sequence[_EditClip],
-    stems: Mapping[str, Path],
-    captions: Sequence[EditCaption],
-    timeline: FilmTimeline,
-) -> None:
+def _otio(edit: _Edit) -> str:
     import opentimelineio as otio
 
-    rate = float(timeline.fps)
+    rate = float(edit.timeline.fps)
 
     def span(start: int, count: int, per_s: float = rate) -> otio.opentime.TimeRange:
         return otio.opentime.TimeRange(otio.opentime.RationalTime(start, per_s), otio.opentime.RationalTime(count, per_s))
 
-    edit = otio.schema.Timeline(name, global_start_time=otio.opentime.RationalTime(0, rate))
+    film = otio.schema.Timeline(edit.name, global_start_time=otio.opentime.RationalTime(0, rate))
     picture = otio.schema.Track("Picture", kind=otio.schema.TrackKind.Video)
-    edit.tracks.append(picture)
-    for clip in clips:
+    film.tracks.append(picture)
+    for clip in edit.clips:
         if clip.fade:
             fade = span(clip.fade // 2, clip.fade - clip.fade // 2)
             picture.append(otio.schema.Transition("", "SMPTE_Dissolve", fade.start_time, fade.duration))
         media = otio.schema.ExternalReference(clip.media.as_uri(), span(0, clip.media_frames))
         picture.append(otio.schema.Clip(clip.name, media, span(clip.media_start, clip.frames)))
-    for stem, file in stems.items():
+    for stem, file in edit.stems.items():
         track = otio.schema.Track(stem, kind=otio.schema.TrackKind.Audio)
-        whole = span(0, timeline.samples, SAMPLE_RATE)
+        whole = span(0, edit.timeline.samples, SAMPLE_RATE)
         track.append(otio.schema.Clip(stem, otio.schema.ExternalReference(file.as_uri(), whole), whole))
-        edit.tracks.append(track)
-    edit.tracks.markers.extend(
+        film.tracks.append(track)
+    film.tracks.markers.extend(
         otio.schema.Marker(caption.text, span(caption.start, caption.frames), metadata={"vidgen": {"kind": "caption"}})
-        for caption in captions
+        for caption in edit.captions
     )
-    otio.adapters.write_to_file(edit, str(path), "otio_json")
+    return str(otio.adapters.write_to_string(film, "otio_json"))
 
 
-def _fcpxml(
-    path: Path,
-    name: str,
-    clips: Sequence[_EditClip],
-    stems: Mapping[str, Path],
-    captions: Sequence[EditCaption],
-    timeline: FilmTimeline,
-) -> None:
-    def time(frames: int, per_s: Fraction | int = timeline.fps) -> str:
+def _fcpxml(edit: _Edit) -> bytes:
+    timeline, fps = edit.timeline, edit.timeline.fps
+
+    def time(frames: int, per_s: Fraction | int = fps) -> str:
         seconds = Fraction(frames) / per_s
         return f"{seconds.numerator}/{seconds.denominator}s" if seconds else "0s"
 
     def add(parent: ElementTree.Element, tag: str, **attributes: object) -> ElementTree.Element:
-        return ElementTree.SubElement(parent, tag, {key: _xml_text(str(value)) for key, value in attributes.items()})
+        return ElementTree.SubElement(parent, tag, {key: _NOT_XML.sub("", str(value)) for key, value in attributes.items()})
 
     root = ElementTree.Element("fcpxml", version="1.9")
     resources = add(root, "resources")
-    formats = {size: f"f{n}" for n, size in enumerate(dict.fromkeys([timeline.size, *(clip.size for clip in clips)]))}
+    formats = {size: f"f{n}" for n, size in enumerate(dict.fromkeys([timeline.size, *(clip.size for clip in edit.clips)]))}
     for size, format_id in formats.items():
         add(resources, "format", id=format_id, frameDuration=time(1), width=size.width, height=size.height)
     assets: dict[Path, str] = {}
-    for clip in clips:
+    for clip in edit.clips:
         if clip.media not in assets:
             assets[clip.media] = f"a{len(assets)}"
             media = {"src": clip.media.as_uri(), "start": "0s", "duration": time(clip.media_frames)}
             picture = {"hasVideo": 1, "videoSources": 1, "format": formats[clip.size]}
             add(resources, "asset", id=assets[clip.media], name=clip.name, **media, **picture)
     length = time(timeline.samples, SAMPLE_RATE)
-    for stem, file in stems.items():
+    for stem, file in edit.stems.items():
         sound = {"hasAudio": 1, "audioSources": 1, "audioChannels": 2, "audioRate": SAMPLE_RATE}
         add(resources, "asset", id=stem, name=stem, src=file.as_uri(), start="0s", duration=length, **sound)
-    project = add(add(add(root, "library"), "event", name=name), "project", name=name)
+    project = add(add(add(root, "library"), "event", name=edit.name), "project", name=edit.name)
     whole = {"duration": time(timeline.frames), "tcStart": "0s", "tcFormat": "NDF"}
     spine = add(
         add(project, "sequence", format=formats[timeline.size], **whole, audioLayout="stereo", audioRate="48k"), "spine"
     )
     first: ElementTree.Element | None = None
-    for clip in clips:
+    for clip in edit.clips:
         if clip.fade:
             add(spine, "transition", name="Cross Dissolve", offset=time(clip.start - clip.fade // 2), duration=time(clip.fade))
         place = {"offset": time(clip.start), "start": time(clip.media_start), "duration": time(clip.frames)}
@@ -220,20 +223,15 @@ def _fcpxml(
         first = shown if first is None else first
     assert first is not None
     # The first clip starts at 0 in its media, too, so that its time is that of the film.
-    for lane, stem in enumerate(stems, 1):
+    for lane, stem in enumerate(edit.stems, 1):
         add(first, "asset-clip", ref=stem, name=stem, lane=-lane, offset="0s", duration=length, audioRole=stem)
-    for number, caption in enumerate(captions):
+    for number, caption in enumerate(edit.captions):
         place = {"offset": time(caption.start), "start": "0s", "duration": time(caption.frames)}
         shown = add(first, "caption", name=caption.text, lane=1, **place, role="SRT?captionFormat=SRT.en")
-        add(add(shown, "text"), "text-style", ref=f"ts{number}").text = _xml_text(caption.text)
+        add(add(shown, "text"), "text-style", ref=f"ts{number}").text = _NOT_XML.sub("", caption.text)
         add(add(shown, "text-style-def", id=f"ts{number}"), "text-style", font=".AppleSystemUIFont", fontSize=13)
     ElementTree.indent(root)
     for text in root.iter("text"):
         # White space in it would be part of the caption.
         text.text = text[0].tail = None
-    path.write_bytes(b'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE fcpxml>\n' + ElementTree.tostring(root))
-
-
-def _xml_text(text: str) -> str:
-    """Return the text without characters that XML cannot hold."""
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+    return b'<?xml version="1.0" encoding="UTF-8"?>\n<!DOCTYPE fcpxml>\n' + ElementTree.tostring(root)
