@@ -3,6 +3,9 @@
 All render the same lines on the same simulated GPUs (`simulated.py`), and are configured for production: retries, timeouts,
 atomic writes, a lock, skipping of clips that were made from the same line, a server that is restarted when it exits. A command
 that does not exit with 0 within its limit is stopped and run once more. README.md says what is counted.
+
+`--json benchmarks/rivals.json` stores results to publish. `--publish` draws docs/images/rivals.svg from them and
+prints the table of README.md.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from benchmarks.peers.video_server import clip_of
 from benchmarks.simulated import SECONDS_PER_SHOT, events, inject, prepare, shot_ids
 
 ROOT = Path(__file__).parent.parent
+STORED, CHART = ROOT / "benchmarks" / "rivals.json", ROOT / "docs" / "images" / "rivals.svg"
 GPUS, GPU_GB = 2, 160.0
 """Two runs at once fit on a GPU."""
 SHOTS, QUICK_SHOTS = 12, 4
@@ -408,6 +412,9 @@ def _wait_until_open(port: int) -> None:
 
 
 SYSTEMS = ("video server", "fused Ray Data", "vidgen")
+SYSTEM_LABELS = {"video server": "script, video server", "fused Ray Data": "fused Ray Data actor", "vidgen": "vidgen"}
+WRONG = {"lost": "lost", "stale": "stale", "truncated": "truncated", "doubled": "doubled", "wrong_rows": "wrong row"}
+CHART_PX = (760, 136)
 
 
 def main() -> int:
@@ -419,7 +426,13 @@ def main() -> int:
     parser.add_argument("--shots", type=int, help=f"Default: {SHOTS}.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Copy logs and events there.")
+    parser.add_argument("--publish", action="store_true", help="Only publish the stored results.")
     args = parser.parse_args()
+    if args.publish:
+        rows = json.loads(STORED.read_text())["rows"]
+        CHART.write_text(chart(rows))
+        sys.stdout.write("\n".join(published_table(rows)) + "\n")
+        return 0
     faults, systems = (QUICK_FAULTS, QUICK_SYSTEMS) if args.quick else (args.faults, args.systems)
     shots = args.shots or (QUICK_SHOTS if args.quick else SHOTS)
     console, results = Console(width=None if sys.stdout.isatty() else 160), []
@@ -441,6 +454,48 @@ def main() -> int:
         rows = [{name: getattr(result, name) for name in Result.__slots__} for result in results]
         write_json(args.json, {"machine": machine(("vidgen-ray", "ray", "httpx")), "shots": shots, "rows": rows})
     return 0
+
+
+def published_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table in README.md: for each fault what is wrong, the wasted GPU-seconds and the exit codes."""
+    found = {(row["fault"], row["system"]): row for row in rows}
+    return [
+        f"| {FAULTS[fault].about} | " + " | ".join(_published_cell(found[fault, system]) for system in SYSTEMS) + " |"
+        for fault in FAULTS
+        if (fault, SYSTEMS[0]) in found
+    ]
+
+
+def _published_cell(row: dict[str, Any]) -> str:
+    wrong = [f"**{row[name]} {label}**" for name, label in WRONG.items() if row[name]]
+    return "; ".join([*([", ".join(wrong)] if wrong else []), str(row["wasted_gpu_s"]), " ".join(map(str, row["codes"]))])
+
+
+def chart(rows: list[dict[str, Any]]) -> str:
+    """Draw an SVG: for each system the wrong lines, and the wasted GPU-seconds, of all faults."""
+    parts = [f'<rect width="{CHART_PX[0]}" height="{CHART_PX[1]}" fill="#fff"/>']
+
+    def text(x: float, y: float, content: str, anchor: str = "start") -> None:
+        parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{content}</text>')
+
+    own = {system: [row for row in rows if row["system"] == system and row["fault"] != "none"] for system in SYSTEMS}
+    for number, system in enumerate(SYSTEMS):
+        text(182, 44 + 26 * number, SYSTEM_LABELS[system], "end")
+    for left, title, names in (
+        (190, "rows or clips lost, wrong or doubled", tuple(WRONG)),
+        (500, "GPU-seconds wasted", ("wasted_gpu_s",)),
+    ):
+        text(left, 18, title)
+        sums = [round(sum(row[name] for row in own[system] for name in names)) for system in SYSTEMS]
+        for number, value in enumerate(sums):
+            y, width = 30 + 26 * number, max(2, round(200 * value / max(1, *sums)))
+            colour = "#1a7f64" if SYSTEMS[number] == "vidgen" else "#8b949e"
+            parts.append(f'<rect x="{left}" y="{y}" width="{width}" height="18" fill="{colour}"/>')
+            text(left + width + 8, y + 14, str(value))
+    text(190, 124, f"{len(own['vidgen'])} faults, {SHOTS} lines each, on {GPUS} simulated GPUs")
+    size = f'width="{CHART_PX[0]}" height="{CHART_PX[1]}"'
+    style = 'font-family="sans-serif" font-size="13" fill="#1f2328"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
 def _some_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import memory_report
+from benchmarks import memory_report, rivals
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray.cli.app import app, run_command
 from vidgen_ray.profile import load_profile
@@ -81,6 +81,36 @@ def test_commands_in_blocks_of_code_can_be_parsed():
                 command.make_context(line, words)
             except Exception as error:
                 pytest.fail(f"{page.name}: {line}: {error}")
+
+
+RUN = {"shot", "validate", "plan", "slurm"}
+"""Commands of the README's starts that run without a GPU, downloads and Ray. Of the others only the words are checked."""
+
+
+@pytest.mark.parametrize("start", [pytest.param("A CPU", marks=pytest.mark.slow), "One GPU", "A cluster"])
+def test_starts_of_the_readme(start, tmp_path, monkeypatch, capsys):
+    block = (ROOT / "README.md").read_text().split(f"**{start}")[1].split("```\n")[1]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    # Without the Slurm of this machine.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = []
+    for line in block.splitlines():
+        program, *words = shlex.split(line, comments=True)
+        if program == "echo":
+            Path(words[-1]).write_text(words[0])
+        elif words[0] in RUN:
+            assert run_command(words) == 0, line
+            run.append(words[0])
+    assert {"A CPU": ["shot", "validate"], "One GPU": ["plan"], "A cluster": ["plan", "slurm"]}[start] == run
+    if start == "A CPU":
+        assert list(Path("out/first/shots").glob("*/*/hd.mp4"))
+
+
+def test_figures_of_the_rivals_are_the_stored_results():
+    rows = json.loads(rivals.STORED.read_text())["rows"]
+    assert rivals.CHART.read_text() == rivals.chart(rows)
+    assert "\n".join(rivals.published_table(rows)) in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_memory_in_planning_is_that_of_the_plan():
