@@ -158,9 +158,7 @@ def read_source(path: Path, *, deinterlace: bool = False) -> VideoSource:
     if deinterlace and order is None:
         notes.append("no interlaced frames were found; --deinterlace changes nothing")
     elif is_interlaced and order is None:
-        notes.append(
-            "is interlaced; its fields are upscaled as they are, and tagged as progressive; --deinterlace removes them"
-        )
+        notes.append("is interlaced, and upscaled with its combs; --deinterlace makes progressive frames")
     times, keyframe_times, notes_on_times = _times_of(packets, Fraction(fps), time_base)
     frames_s = float(times.duration)
     if declared_s > frames_s + MAX_MISSING_S:
