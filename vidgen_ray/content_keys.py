@@ -126,7 +126,7 @@ class ShotPlan(FrozenModel):
     number: int = 1
     """Number of this try, counted from 1. Each try has another seed."""
     key_text: str | None = None
-    """Hashed text of the key, without `min_identity` and `retries`. `None` if the shot has no likeness."""
+    """Hashed text of the key, without `min_identity` and `max_tries`. `None` if the shot has no likeness."""
     cut_texts: tuple[CutText, ...] = ()
     """Prompts that text encoders cut. Not part of the key."""
     licences: tuple[UsedWeights, ...] = ()
@@ -137,14 +137,14 @@ class ShotPlan(FrozenModel):
     """Further tries, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
 
     def with_last_frame(self) -> "ShotPlan":
-        """Return the plan, and its further attempts, with `keep_last_frame`."""
-        again = tuple(attempt.with_last_frame() for attempt in self.again)
+        """Return the plan, and its further tries, with `keep_last_frame`."""
+        again = tuple(other.with_last_frame() for other in self.again)
         return self.model_copy(update={"keep_last_frame": True, "again": again})
 
     def with_source_licences(self, licences: Iterable[UsedWeights]) -> "ShotPlan":
-        """Return the plan, and its further attempts, with the licences of the shot that it continues before its own."""
+        """Return the plan, and its further tries, with the licences of the shot that it continues before its own."""
         merged = tuple(dict.fromkeys((*licences, *self.licences)))
-        again = tuple(attempt.model_copy(update={"licences": merged}) for attempt in self.again)
+        again = tuple(other.model_copy(update={"licences": merged}) for other in self.again)
         return self.model_copy(update={"licences": merged, "again": again})
 
 
@@ -209,19 +209,19 @@ class ShotPlanner:
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
         key_text = f'{self._end},"{last}",{_json(shot.crop_width)},{_json(shot.crop_height)}'
-        key = _key_with_rule(key_text, shot.min_identity if has_likeness else None, shot.retries)
+        key = _key_with_rule(key_text, shot.min_identity if has_likeness else None, shot.max_tries)
         inputs, licences = self._inputs_of(shot), self._licences(shot, stages) if self._licences else ()
         cut = cut_texts(stages, self._params, shot)
         again = []
-        for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
-            other = shot.with_retry_seed(number)
+        for number in range(2, shot.max_tries + 1) if has_likeness and shot.min_identity is not None else ():
+            other = shot.with_seed_of_try(number)
             again.append(
                 ShotPlan(
                     shot=other,
                     steps=self._steps_of(other, stages, salt)[0],
                     key=key,
                     inputs=inputs,
-                    number=number + 1,
+                    number=number,
                     cut_texts=cut,
                     licences=licences,
                 )
@@ -291,27 +291,27 @@ class ShotPlanner:
 def is_result_of(plan: ShotPlan, record: Mapping[str, Any]) -> bool:
     """Return whether the plan would make the shot of this record again.
 
-    `record` is the content of `shot.json`. Apart from equal keys, this is true if only `min_identity` and `retries` differ, and
-    the plan would keep the same attempt: that attempt reaches the new minimum, and those before it do not.
+    `record` is the content of `shot.json`. Apart from equal keys, this is true if only `min_identity` and `max_tries` differ, and
+    the plan would keep the same try: that one reaches the new minimum, and those before it do not.
     """
     if record["key"] == plan.key:
         return True
     if plan.key_text is None or record["likeness"] is None:
         return False
-    shot, attempt, likeness = record["shot"], record["tries"], record["likeness"]
+    shot, kept, likeness = record["shot"], record["tries"], record["likeness"]
     old, new = shot["min_identity"], plan.shot.min_identity
-    if record["key"] != _key_with_rule(plan.key_text, old, shot["retries"]):
+    if record["key"] != _key_with_rule(plan.key_text, old, shot["max_tries"]):
         return False
-    # Earlier attempts were below the old minimum.
-    if attempt > 1 and (new is None or new < old or attempt > plan.shot.retries + 1):
+    # Earlier tries were below the old minimum.
+    if kept > 1 and (new is None or new < old or kept > plan.shot.max_tries):
         return False
     measured = (likeness["image"], likeness["clip_mean"]) if plan.shot.generate_video else (likeness["image"],)
     return new is None or all(value is not None and value >= new for value in measured)
 
 
-def _key_with_rule(key_text: str, min_identity: float | None, retries: int) -> str:
-    # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
-    rule = "" if min_identity is None else f",{_json(min_identity)},{retries}"
+def _key_with_rule(key_text: str, min_identity: float | None, max_tries: int) -> str:
+    # The number of tries is part of the rule: a shot that fails after two may succeed after three.
+    rule = "" if min_identity is None else f",{_json(min_identity)},{max_tries}"
     return _sha256(f"{key_text}{rule}]")
 
 

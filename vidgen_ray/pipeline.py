@@ -183,7 +183,7 @@ class _ShotFields(TypedDict, total=False):
     pose: Literal["photo", "none"]
     refine_strength: float
     min_identity: float | None
-    retries: int
+    max_tries: int
     lora: _Lora | Sequence[_Lora]
     lora_strength: float
     use_hunyuan_style: bool
@@ -447,14 +447,14 @@ class VideoGenerationPipeline:
         )
         failures = []
         with shot_without_row(self.outputs.storage):
-            for attempt in (plan, *plan.again):
+            for tried in (plan, *plan.again):
                 try:
-                    return self._render_attempt(runner, attempt)
+                    return self._render_try(runner, tried)
                 except LikenessTooLow as failure:
                     failures.append(failure)
         raise StepFailed(LIKENESS, best_try(failures))
 
-    def _render_attempt(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
+    def _render_try(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
         """Render with one seed. Raises LikenessTooLow as soon as a likeness is below the minimum."""
         item, records = Item(plan.shot), list[StepRecord]()
         for step in plan.steps:

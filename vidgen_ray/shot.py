@@ -350,7 +350,7 @@ class Shot(_Frozen):
         allow_inf_nan=False,
         description="Minimum likeness of the image and the clip to the face (cosine similarity). Default: not checked.",
     )
-    retries: int = Field(0, ge=0, le=10, description="Retries with other seeds while the likeness is below min_identity.")
+    max_tries: int = Field(1, ge=1, le=11, description="Seeds to try until the likeness reaches min_identity.")
     lora: tuple[LoraRef, ...] = Field((), description="LoRAs: a path, or a list of paths or of {path, weight}.")
     lora_strength: Strength = Field(0.6, description="Image-to-image strength of the LoRA stage. 0 keeps the base image.")
 
@@ -715,10 +715,10 @@ class Shot(_Frozen):
             raise ValueError("the shot has no id to derive a seed from")
         return self.model_copy(update={"seed": _seed_from(run_seed, self.id)})
 
-    def with_retry_seed(self, number: int) -> "Shot":
-        """Return the shot with the seed of retry `number`, derived from its own seed. 0 returns the shot itself."""
+    def with_seed_of_try(self, number: int) -> "Shot":
+        """Return the shot with the seed of try `number`, derived from its own seed, which is that of try 1."""
         seed = self.required_seed()
-        return self.model_copy(update={"seed": _seed_from(seed, "try", number)}) if number else self
+        return self.model_copy(update={"seed": _seed_from(seed, "try", number)}) if number > 1 else self
 
     def seed_instead_of(self, clip: str) -> int:
         """Return a seed for another clip of the same shot. `clip`: digest of the clip that is not wanted."""

@@ -19,14 +19,14 @@ from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
 IMAGE = {"width": 64, "height": 64, "generate_video": False}
-UNLIKE = next(seed for seed in range(50) if Shot(prompt="x", seed=seed).with_retry_seed(1).seed % 100 >= 50)
+UNLIKE = next(seed for seed in range(50) if Shot(prompt="x", seed=seed).with_seed_of_try(2).seed % 100 >= 50)
 """Seed whose second try is like the photo: the likeness of a fake image is the last two digits of its seed."""
 LINES = [
     {**SMALL, "id": "a", "prompt": "a red ball"},
     {**SMALL, "id": "b", "prompt": "it rolls", "continue_from": "a"},
     {**IMAGE, "id": "m", "prompt": "a boat", "matrix": {"seed": [1, 2]}},
     {**IMAGE, "id": "v", "prompt": "a kite", "variants": 2},
-    {**IMAGE, "id": "face", "prompt": "ada", "face_image": str(ASTRONAUT), "seed": UNLIKE, "min_identity": 0.5, "retries": 3},
+    {**IMAGE, "id": "face", "prompt": "ada", "face_image": str(ASTRONAUT), "seed": UNLIKE, "min_identity": 0.5, "max_tries": 4},
     {**IMAGE, "id": "bad", "prompt": "raise"},
 ]
 

@@ -479,7 +479,7 @@ class World:
                 fields |= {"continue_from": source.id, "generate_video": True, "image": str(frame_of(source.id))}
             elif flaw == "unlike" or rng.random() < 0.3:
                 photo = f"/photos/{rng.randint(0, 3)}.png"
-                fields |= {"face_image": photo, "consent": SYNTHETIC, "min_identity": 0.5, "retries": 2}
+                fields |= {"face_image": photo, "consent": SYNTHETIC, "min_identity": 0.5, "max_tries": 3}
             elif rng.random() < 0.3:
                 fields |= {"face_image": f"/photos/{rng.randint(0, 3)}.png", "consent": SYNTHETIC}
             if with_loras and rng.random() < 0.7:
@@ -954,7 +954,7 @@ def plan_of(shot):
             )
             for stage in stages_of(tried)
         )
-        again = tuple(map(planned, range(2, shot.retries + 2))) if number == 1 and shot.min_identity is not None else ()
+        again = tuple(map(planned, range(2, shot.max_tries + 1))) if number == 1 and shot.min_identity is not None else ()
         inputs = dict.fromkeys((*photos, *([tried.image] if tried.image else ())), "0" * 64)
         return ShotPlan(shot=tried, steps=steps, key=tag_of("shot", shot.id).hex(), number=number, inputs=inputs, again=again)
 

@@ -173,7 +173,7 @@ def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, a
         with pipes_open(pipe):
             jobs = [await server.end(running), await server.end(waiting)]
         assert [(job.state, job.error) for job in jobs] == [(JobState.COMPLETED, None)] * 2
-        assert jobs[0].attempts == 1, "a lost node is not the fault of the job"
+        assert jobs[0].claims == 1, "a lost node is not the fault of the job"
         # A process that is being killed may still run a step.
         assert steps_run(pipe)[:5] == [1, 2, 1, 2, 3]
         assert (server.kinds[0], server.kinds[-1]) == ("staged", "fused")
@@ -252,7 +252,7 @@ def test_long_queue_adds_a_copy_of_the_layout_and_an_unneeded_copy_is_drained(cl
         assert len(copy) == len(server.layout.workers) + server.layout.encoders
         with pipes_open(pipes[1]):
             ended.append(await server.end(second))
-        assert {(job.state, job.attempts) for job in ended} == {(JobState.COMPLETED, 1)}
+        assert {(job.state, job.claims) for job in ended} == {(JobState.COMPLETED, 1)}
         await until(lambda: ray.available_resources().get("GPU") == 1.0)
         assert not await server.workers.newest_copy()
         assert not engine.snapshot().quarantined

@@ -23,7 +23,7 @@ from vidgen_ray.online import ENVIRONMENT, HeapTrim
 from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.serve_command import settings_of
 from vidgen_ray.online.server_settings import OnlineSettings
-from vidgen_ray.online.store.jobs import LEASE_S, JobState, new_owner
+from vidgen_ray.online.store.jobs import CLAIM_S, JobState, new_owner
 from vidgen_ray.online.store.store import open_store
 
 
@@ -32,7 +32,7 @@ def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path):
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     store = open_store(OnlineSettings(data="used"))
-    store.queue.hold(new_owner(), LEASE_S)
+    store.queue.hold(new_owner(), CLAIM_S)
     for arguments, code, message in (
         (["--profile", "nope"], 3, "must be one of auto, demo"),
         (["--host", "0.0.0.0"], 4, "requires API keys. Create one with `vidgen keys new`"),
@@ -162,13 +162,13 @@ def test_killed_server_resumes_all_accepted_jobs_and_sigterm_requeues_jobs(tiny,
         jobs = Jobs(server, tmp_path)
         with pipes_open(pipes[0]):
             assert [jobs.wait_for_end(job).state for job in (done, *ids)] == [JobState.COMPLETED] * 8
-        assert jobs.get(ids[0]).attempts == 2
+        assert jobs.get(ids[0]).claims == 2
         unfinished = jobs.create(prompt=f"steps 3 pause at 2 {pipes[1]}")
         jobs.wait_until(unfinished, lambda job: job.step == 1)
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.process.wait(90) == 0
     job = jobs.get(unfinished)
-    assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+    assert (job.state, job.claims) == (JobState.QUEUED, 0)
     log = server.log.read_text()
     assert f"profile.yaml at {server.url}/" in log
     assert "Returned 1 job to the queue. Start the server again to resume." in log

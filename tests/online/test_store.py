@@ -168,7 +168,7 @@ def test_claim_takes_turns_between_tenants_and_released_jobs_keep_their_place(st
     assert claimed == [ada[0], bob[0], ada[1]]
     store.queue.release("d", [ada[0]])
     (again,) = store.queue.claim("e", 30, 1)
-    assert (again.id, again.attempts) == (ada[0], 1)
+    assert (again.id, again.claims) == (ada[0], 1)
     # Ada has two jobs in progress, so Bob's next job comes first.
     assert [job.id for job in store.queue.claim("d", 30, 9)] == [bob[1], ada[2], ada[3]]
 
@@ -197,7 +197,7 @@ def test_expired_lease_can_be_claimed_by_another_director(store, clock, steady):
     assert store.queue.claim("e", 30, 5) == []
     steady.seconds += 2
     (again,) = store.queue.claim("e", 30, 5)
-    assert (again.id, again.attempts) == (job.id, 2)
+    assert (again.id, again.claims) == (job.id, 2)
     # Calls of the first owner have no effect.
     assert store.queue.heartbeat("d", [job.id]) == {job.id}
     store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50, 1.0)])

@@ -217,7 +217,7 @@ def test_fields_that_no_stage_reads_are_not_in_the_record(tiny, make_shot, tmp_p
 def test_every_field_is_a_switch_or_read_by_a_stage_or_does_not_decide_the_files():
     read = {name.partition(".")[0] for stage in STAGES for name in (*stage.reads, *stage.identity_fields)}
     of_line = {"id", "metadata", "variants", "character", "continue_from", "consent", "priority"}
-    expected = {*SWITCHES, *of_line, "min_identity", "retries"} - {"lora", "video_lora"}
+    expected = {*SWITCHES, *of_line, "min_identity", "max_tries"} - {"lora", "video_lora"}
     # `aspect` decides the sizes.
     assert Shot.model_fields.keys() - read - {*SIZES, "image", "aspect"} == expected
 

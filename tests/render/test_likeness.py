@@ -1,4 +1,4 @@
-"""Likeness: measurement, the check against min_identity, retries with other seeds, and the recorded values."""
+"""Likeness: measurement, the check against min_identity, other seeds, and the recorded values."""
 
 import pickle
 
@@ -125,16 +125,16 @@ def plan_of(tiny, make_shot):
 
 
 def test_min_identity_changes_the_shot_key_but_no_stage_key(plan_of):
-    plans = [plan_of(), plan_of(min_identity=0.3), plan_of(min_identity=0.4), plan_of(min_identity=0.3, retries=2)]
+    plans = [plan_of(), plan_of(min_identity=0.3), plan_of(min_identity=0.4), plan_of(min_identity=0.3, max_tries=3)]
     assert len({plan.key for plan in plans}) == 4
     assert all(plan.steps == plans[0].steps for plan in plans)
     # Without a minimum or a face, they have no effect.
-    assert plan_of(retries=3) == plan_of().model_copy(update={"shot": plan_of(retries=3).shot})
-    assert plan_of(face_image=None, min_identity=0.3, retries=3).key == plan_of(face_image=None).key
+    assert plan_of(max_tries=4) == plan_of().model_copy(update={"shot": plan_of(max_tries=4).shot})
+    assert plan_of(face_image=None, min_identity=0.3, max_tries=4).key == plan_of(face_image=None).key
 
 
 def test_tries_have_other_seeds_and_the_same_key(plan_of):
-    plan = plan_of(min_identity=0.3, retries=3)
+    plan = plan_of(min_identity=0.3, max_tries=4)
     tries = [plan, *plan.again]
     assert [one.number for one in tries] == [1, 2, 3, 4]
     assert {one.key for one in tries} == {plan.key}
@@ -142,10 +142,10 @@ def test_tries_have_other_seeds_and_the_same_key(plan_of):
     assert len({one.steps[1].key for one in tries}) == 4, "other images"
     assert len({one.steps[0].key for one in tries}) == 1, "the same face"
     assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in tries)
-    fewer = plan_of(min_identity=0.3, retries=2).again[1]
-    assert fewer.steps == plan.again[1].steps, "try n does not depend on the number of retries"
+    fewer = plan_of(min_identity=0.3, max_tries=3).again[1]
+    assert fewer.steps == plan.again[1].steps, "try n does not depend on the number of tries"
     assert ShotPlan.model_validate_json(plan.model_dump_json()) == plan
-    assert plan_of(min_identity=0.3).again == plan_of(retries=3).again == plan_of(face_image=None, retries=3).again == ()
+    assert plan_of(min_identity=0.3).again == plan_of(max_tries=4).again == plan_of(face_image=None, max_tries=4).again == ()
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ SMALL = {"face_image": ASTRONAUT, "id": "p", "seed": 7, "num_frames": 2, "upscal
 def test_measured_likeness_decides_before_the_clip_and_after_it(pipeline, clips):
     """In noise there is no face. The start image is the photo itself."""
     with pytest.raises(StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 tries\)") as raised:
-        pipeline.generate_video("a", **SMALL, min_identity=-1, retries=1)
+        pipeline.generate_video("a", **SMALL, min_identity=-1, max_tries=2)
     assert clips == []
     failure = raised.value.failure()
     assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
@@ -209,12 +209,12 @@ def test_measured_likeness_decides_before_the_clip_and_after_it(pipeline, clips)
 
 def test_retries_end_with_the_first_success(pipeline, clips, set_likeness):
     set_likeness([(0.2,), (0.6,), (0.7,), (0.9,)], [(0.4, None), (0.5, 0.7)])
-    record = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-    assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).with_retry_seed(2).seed)
-    assert clips == [Shot(prompt="a", seed=7).with_retry_seed(number).seed for number in (1, 2)]
+    record = pipeline.generate_video("a", **SMALL, min_identity=0.5, max_tries=6)["record"]
+    assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).with_seed_of_try(3).seed)
+    assert clips == [Shot(prompt="a", seed=7).with_seed_of_try(number).seed for number in (2, 3)]
     assert record.seeds["flux"] == record.shot.seed
     assert record.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
-    again = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
+    again = pipeline.generate_video("a", **SMALL, min_identity=0.5, max_tries=6)["record"]
     assert again == record, "a finished shot stays finished, whichever try it was"
     planned = record.shot.model_copy(update={"seed": 7})
     assert ManifestRow.of_shot("r", "s", planned, 1, record, "rendered").seed == record.shot.seed
@@ -222,14 +222,14 @@ def test_retries_end_with_the_first_success(pipeline, clips, set_likeness):
 
 def test_changed_rule_keeps_the_finished_shots_that_it_would_make_again(pipeline, clips, set_likeness):
     set_likeness([(0.2,), (0.7,), (0.25,)], [(0.6, 0.6), (0.3, 0.3), (0.7, 0.7)])
-    first = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=1)["record"]
+    first = pipeline.generate_video("a", **SMALL, min_identity=0.5, max_tries=2)["record"]
     assert (first.tries, len(clips)) == (2, 1)
-    for minimum, retries in ((0.5, 3), (0.55, 1), (0.6, 2)):
-        assert pipeline.generate_video("a", **SMALL, min_identity=minimum, retries=retries)["record"] == first
-    for minimum, retries in ((0.65, 1), (0.5, 0)):
+    for minimum, tries in ((0.5, 4), (0.55, 2), (0.6, 3)):
+        assert pipeline.generate_video("a", **SMALL, min_identity=minimum, max_tries=tries)["record"] == first
+    for minimum, tries in ((0.65, 2), (0.5, 1)):
         with pytest.raises(StepFailed, match="likeness"):
-            pipeline.generate_video("a", **SMALL, min_identity=minimum, retries=retries)
-    lower = pipeline.generate_video("a", **SMALL, min_identity=0.2, retries=1)["record"]
+            pipeline.generate_video("a", **SMALL, min_identity=minimum, max_tries=tries)
+    lower = pipeline.generate_video("a", **SMALL, min_identity=0.2, max_tries=2)["record"]
     assert (lower.tries, len(clips)) == (1, 2), "the first try reaches the lower minimum"
     assert pipeline.generate_video("a", **SMALL)["record"] == lower, "no rule keeps the first try"
     pipeline.generate_video("a", **{**SMALL, "num_frames": 3}, min_identity=0.2)

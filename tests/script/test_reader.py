@@ -425,7 +425,7 @@ def test_settings_without_effect_are_noted(check):
         ({"face_index": 1}, "face_index: has no effect; only these stages read it"),
         ({"face_index": 1, "face_image": "face.png"}, None),
         ({"identity_strength": 0.5}, "identity_strength: has no effect; set face_image"),
-        ({"retries": 2}, "retries: has no effect; set min_identity"),
+        ({"max_tries": 2}, "max_tries: has no effect; set min_identity"),
         ({"lora_strength": 0.2}, "lora_strength: has no effect; set lora"),
         ({"steps": {"hunyuan": 3}}, "steps.hunyuan: has no effect"),
         ({"motion_bucket_id": 127, "generate_video": False}, None),

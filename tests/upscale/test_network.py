@@ -163,13 +163,13 @@ def test_frames_go_through_the_stage(tiny_model, monkeypatch, tmp_path):
 
     process = RealESRGANStage.process_chunk
     monkeypatch.setattr(
-        RealESRGANStage, "process_chunk", lambda stage, shot, *chunk: process(stage, shot, *chunk) // (1 + shot.retries)
+        RealESRGANStage, "process_chunk", lambda stage, shot, *chunk: process(stage, shot, *chunk) // shot.max_tries
     )
-    changed = UpscaleNetwork(tiny_model, BASE, (128, 96), shot.model_copy(update={"retries": 1}))(frame)
+    changed = UpscaleNetwork(tiny_model, BASE, (128, 96), shot.model_copy(update={"max_tries": 2}))(frame)
     np.testing.assert_array_equal(changed, expected // 2)
 
     jobs = []
     monkeypatch.setattr(run, "upscale_file", lambda source, out, options, *_, **__: jobs.append(options.shot))
-    own = Shot(prompt="a", retries=1)
+    own = Shot(prompt="a", max_tries=2)
     run.process_clip(load_profile("tiny"), RealESRGANStage, own, write_video(tmp_path / "in.mp4", 1), tmp_path / "out.mp4")
     assert jobs == [own]

@@ -26,7 +26,7 @@ FILE_OPTIONS = {"encode": tuple(Mp4Settings.model_fields), "provenance": ("metad
 """Part of a profile -> its options that change the bytes of files."""
 WITHOUT_EFFECT = {"id", "variants", "consent", "character", "metadata"}
 """Fields of a shot that never change its bytes."""
-AFTER_STEPS = ("crop_width", "crop_height", "min_identity", "retries")
+AFTER_STEPS = ("crop_width", "crop_height", "min_identity", "max_tries")
 """Fields that are part of the key of a shot, but of none of its steps."""
 OTHER_DEVICE = "another GPU, driver or encoder"
 UNRECORDED = "version of the stage, or an option or a file that its record does not name"

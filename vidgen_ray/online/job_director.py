@@ -30,7 +30,7 @@ from vidgen_ray.online.job_service import plan_job, storage_problem
 from vidgen_ray.online.queue_estimate import ProgressEstimator, QueueEstimator
 from vidgen_ray.online.server_settings import Budget, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.store.jobs import LEASE_S, Job, JobError, JobProgress, JobState, director_text, new_owner
+from vidgen_ray.online.store.jobs import CLAIM_S, Job, JobError, JobProgress, JobState, director_text, new_owner
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
@@ -43,7 +43,7 @@ log = logging.getLogger("ray.serve")
 _THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 _POLL_S = 1.0
-"""Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the leases of running ones and stores
+"""Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the claims of running ones and stores
 their progress."""
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
@@ -111,7 +111,7 @@ class JobDirector:
         """Jobs that are stopped because their key has spent a budget."""
         self._updates: dict[str, JobProgress] = {}
         self._spent: dict[str, float] = {}
-        """GPU-seconds of running jobs, of all attempts."""
+        """GPU-seconds of running jobs, of all claims."""
         self._ends: dict[str, End] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
@@ -260,7 +260,7 @@ class JobDirector:
     async def _exchange(self, is_full: bool) -> None:
         """Store the ends of jobs, claim new ones and stop cancelled ones, as far as there is something to do.
 
-        `is_full`: also renew all leases, store the progress, and claim jobs of directors that have crashed.
+        `is_full`: also renew all claims, store the progress, and claim jobs of directors that have crashed.
         """
         ends, self._ends = self._ends, {}
         running = self._running.keys() - ends.keys()
@@ -297,14 +297,14 @@ class JobDirector:
             return
         self._may_be_queued |= len(jobs) == limit > 0
         for job in jobs:
-            # A running job is claimed again if its lease expired while this process was stalled.
+            # A running job is claimed again if its claim expired while this process was stalled.
             if job.id not in self._running:
                 self._running[job.id] = asyncio.ensure_future(self._run_job(job, is_over_budget=job.id in over))
 
     def _write(
         self, ends: Mapping[str, End], held: Collection[str], updates: Sequence[JobProgress], is_full: bool, limit: int
     ) -> tuple[list[Any], set[str], Sequence[Job], set[str]]:
-        """Store the ends, fail late jobs, renew leases, store progress and claim jobs in one transaction. Blocks.
+        """Store the ends, fail late jobs, renew claims, store progress and claim jobs in one transaction. Blocks.
 
         Return the results of the ends, the jobs to stop, the claimed ones, and those of all whose key has spent a budget.
         """
@@ -321,7 +321,7 @@ class JobDirector:
             stopped = queue.heartbeat(self.owner, held) if held else set()
             if updates:
                 queue.progress(self.owner, updates)
-            jobs = queue.claim(self.owner, LEASE_S if is_full else None, limit) if limit else ()
+            jobs = queue.claim(self.owner, CLAIM_S if is_full else None, limit) if limit else ()
             started = [*held, *(job.id for job in jobs)]
             may_be_over = bool(started and (is_full or jobs) and self._keys.budgets)
             over = self._store.usage.over(started, self._budgets_of) if may_be_over else set[str]()
@@ -335,7 +335,7 @@ class JobDirector:
 
     def _hold(self) -> None:
         """Become the director of the store, or renew that, unless there is another one. Blocks."""
-        before, self._other = self._other, self._store.queue.hold(self.owner, LEASE_S)
+        before, self._other = self._other, self._store.queue.hold(self.owner, CLAIM_S)
         if self._other and self._other != before:
             log.warning(
                 "another server works with the same database, so this one starts no jobs. Its director is %s",
@@ -360,10 +360,10 @@ class JobDirector:
 
     async def _run_job(self, job: Job, *, is_over_budget: bool = False) -> None:
         """Run a job and store its end. Stops early if the job is cancelled or the director shuts down."""
-        if job.attempts <= 1:
+        if job.claims <= 1:
             self._metrics.job_started(job.tenant, time.time() - job.created_at)
         try:
-            if job.attempts > MAX_CLAIMS:
+            if job.claims > MAX_CLAIMS:
                 raise ShotFailed(_interrupted(job))
             if is_over_budget:
                 raise ShotFailed(OVER_BUDGET, Kind.INPUT)
@@ -479,8 +479,8 @@ OVER_BUDGET = Failure(
 
 
 def _interrupted(job: Job) -> Failure:
-    message = f"started {job.attempts - 1} times, and interrupted each time because the server stopped or crashed"
-    return Failure(stage=DIRECTOR_STAGE, error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
+    message = f"started {job.claims - 1} times, and interrupted each time because the server stopped or crashed"
+    return Failure(stage=DIRECTOR_STAGE, error="Interrupted", message=message, attempts=job.claims - 1, worker="online")
 
 
 # Metrics

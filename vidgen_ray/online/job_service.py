@@ -231,7 +231,7 @@ class JobService:
             # The weights or a file of the job are gone, and with them the key.
             return keys
         # With another profile, some steps still have the keys under which the job stored results.
-        return keys | {step.key for plan in plans for attempt in (plan, *plan.again) for step in attempt.steps}
+        return keys | {step.key for plan in plans for tried in (plan, *plan.again) for step in tried.steps}
 
     def plan(self, tenant: Tenant, fields: Mapping[str, Any]) -> ShotPlan:
         """Check the fields of a shot and return its steps and content key. Raises ApiError 400."""

@@ -148,10 +148,10 @@ def _wait_for_other_server(store: JobStore, wait_s: float) -> None:
 
     One that has crashed on another machine is only known by its missing heartbeats.
     """
-    from vidgen_ray.online.store.jobs import LEASE_S, director_text
+    from vidgen_ray.online.store.jobs import CLAIM_S, director_text
 
     started = time.monotonic()
-    while (other := store.queue.director(LEASE_S)) is not None:
+    while (other := store.queue.director(CLAIM_S)) is not None:
         waited_s, server = time.monotonic() - started, f"another server works with it, whose director is {director_text(other)}"
         if waited_s >= wait_s:
             raise SetupError(

@@ -188,7 +188,7 @@ class Server:
         """Start no more jobs, and give running ones `grace_s` seconds. Return how many were queued again."""
         try:
             return int(ray.get(self.director.drain.remote(grace_s), timeout=grace_s + DRAIN_MARGIN_S))
-        # Its running jobs are queued again when their leases expire.
+        # Its running jobs are queued again when their claims expire.
         except (TimeoutError, ray.exceptions.RayError):
             return 0
 

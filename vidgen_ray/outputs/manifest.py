@@ -117,7 +117,7 @@ class _Columns(BaseModel):
     """Tokens at the end of the prompt that the stage did not read that cuts most of it. 0: all was read."""
     mode: str | None = None
     seed: int | None = None
-    """Seed used for a finished shot. With `retries` it may differ from the seed in the script."""
+    """Seed used for a finished shot. With `max_tries` it may differ from the seed in the script."""
     width: int | None = None
     """Width in pixels before upscaling and cropping."""
     height: int | None = None

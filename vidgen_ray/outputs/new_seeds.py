@@ -46,7 +46,7 @@ def with_new_seed(shot: Shot, seeds: Seeds) -> Shot:
 
 
 def _seeds_of_tries(shot: Shot) -> set[int | None]:
-    return {shot.with_retry_seed(number).seed for number in range(shot.retries + 1)}
+    return {shot.with_seed_of_try(number).seed for number in range(1, shot.max_tries + 1)}
 
 
 def _with_seed(shot: Shot, seed: int) -> Shot:

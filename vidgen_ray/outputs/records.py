@@ -107,9 +107,9 @@ class ShotRecord(StrictModel):
 
     key: str
     shot: Shot
-    """The shot with the seed that was used. After retries it differs from the seed in the script."""
+    """The shot with the seed that was used. After several tries it differs from the seed in the script."""
     tries: int
-    """Number of the attempt that was kept, counted from 1."""
+    """Number of the try that was kept, counted from 1."""
     likeness: LikenessRecord | None
     seeds: dict[str, int]
     """Stage -> seed of its noise, so that a single stage can be repeated."""

@@ -40,7 +40,7 @@ LIKENESS = "likeness"
 
 
 class LikenessTooLow(StageError):
-    """The image or clip of an attempt is less like the person than `min_identity`."""
+    """The image or clip of a try is less like the person than `min_identity`."""
 
     def __init__(self, likeness: float | None, minimum: float, where: str, tries: int = 1) -> None:
         self.likeness = likeness
@@ -55,7 +55,7 @@ class LikenessTooLow(StageError):
         got = "no face" if self.likeness is None else f"a likeness of {self.likeness:g}"
         tries = "1 try" if self.tries == 1 else f"best of {self.tries} tries"
         return (
-            f"min_identity: got {got} in the {self.where} ({tries}), must be at least {self.minimum:g}; raise retries or "
+            f"min_identity: got {got} in the {self.where} ({tries}), must be at least {self.minimum:g}; raise max_tries or "
             "identity_strength, lower min_identity, or use a photo that shows the face more clearly"
         )
 

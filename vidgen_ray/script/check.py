@@ -509,7 +509,7 @@ _ADVICE = {
     "style_strength": "set use_hunyuan_style to true, in mode quality",
     "lora_strength": "set lora, in mode quality",
     "min_identity": "set face_image",
-    "retries": "set min_identity",
+    "max_tries": "set min_identity",
 }
 """Field -> what to do."""
 OF_THE_IMAGE = frozenset(("style_prompt", "style_strength", "lora_strength"))
@@ -522,7 +522,7 @@ for _stage in STAGES:
         STAGES_OF_FIELD.setdefault(_field, []).append(_stage)
 _DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
 NOTED = frozenset(STAGES_OF_FIELD) - WITHOUT_NOTE
-CHECKED = NOTED | {"min_identity", "retries", *NESTED_FIELDS}
+CHECKED = NOTED | {"min_identity", "max_tries", *NESTED_FIELDS}
 
 
 def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str]]:
@@ -538,8 +538,8 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
             yield name, _ADVICE.get(name) or _advice(name, shot)
     if own.get("min_identity") is not None and not shot.face_image:
         yield "min_identity", _ADVICE["min_identity"]
-    if own.get("retries") and shot.min_identity is None:
-        yield "retries", _ADVICE["retries"]
+    if shot.max_tries > 1 and "max_tries" in own and shot.min_identity is None:
+        yield "max_tries", _ADVICE["max_tries"]
 
 
 def _advice(field: str, shot: Shot) -> str:

@@ -29,7 +29,7 @@ CHARACTER_FIELDS = (
     "identity_end",
     "pose",
     "min_identity",
-    "retries",
+    "max_tries",
     "image_model",
     "lora",
     "lora_strength",

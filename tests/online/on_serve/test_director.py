@@ -112,7 +112,7 @@ class TestScriptedStages:
         prompts = (f"crash once {tmp_path / 'marker'}", "raise", "good")
         crashed, bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in prompts)
         job = scripted.wait_for_end(crashed)
-        assert (job.state, job.error, job.attempts) == (JobState.COMPLETED, None, 1)
+        assert (job.state, job.error, job.claims) == (JobState.COMPLETED, None, 1)
         assert (tmp_path / "marker").exists()
         job = scripted.wait_for_end(bad)
         assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "stage_failed", "flux")
@@ -137,7 +137,7 @@ class TestScriptedStages:
                 assert [app.job(each).state for each in (job_id, next_job_id)] == [JobState.IN_PROGRESS, JobState.QUEUED]
                 small_disk.make_room()
                 ended = [app.wait_for_end(each) for each in (job_id, next_job_id)]
-            assert [(job.state, job.attempts) for job in ended] == [(JobState.COMPLETED, 1)] * 2
+            assert [(job.state, job.claims) for job in ended] == [(JobState.COMPLETED, 1)] * 2
         finally:
             app.stop()
 
@@ -148,7 +148,7 @@ class TestScriptedStages:
         before = scripted.pids("worker")
         os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
         # The restarted director starts them again, and stops the call of the killed one.
-        scripted.wait_until(job_id, lambda job: job.attempts == 2 and job.step == 1)
+        scripted.wait_until(job_id, lambda job: job.claims == 2 and job.step == 1)
         with pipes_open(pipe):
             assert {scripted.wait_for_end(job).state for job in (job_id, *waiting)} == {JobState.COMPLETED}
         assert steps_run(pipe) == [1, 2, 1, 2, 3]
@@ -193,7 +193,7 @@ class TestScriptedStages:
         scripted.wait_until(job_id, lambda job: job.step == 1)
         assert ray.get(scripted.director.drain.remote(0.1)) == 1
         job = scripted.job(job_id)
-        assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+        assert (job.state, job.claims) == (JobState.QUEUED, 0)
         # The deadlines of queued jobs pass although it starts none.
         late = job.model_copy(update={"id": new_id("shot"), "started_at": None, "start_by": time.time()})
         scripted.store.create(late)

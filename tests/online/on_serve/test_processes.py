@@ -83,7 +83,7 @@ def test_waiting_requests_survive_crashes_and_new_ones_wait_for_the_api(plan, li
         while not pipe.with_name("pipe.steps").exists() or len(steps_run(pipe)) < 2:
             time.sleep(POLL_S)
         os.kill(pid_of("Director"), signal.SIGKILL)
-        while next(iter(store.changed_since(0, tenant=LOCAL_TENANT).jobs)).attempts < 2:
+        while next(iter(store.changed_since(0, tenant=LOCAL_TENANT).jobs)).claims < 2:
             time.sleep(POLL_S)
         with pipes_open(pipe):
             assert waiting.result() == 200

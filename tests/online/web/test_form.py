@@ -381,7 +381,7 @@ def test_every_field_that_a_served_stage_reads_has_a_control():
     assert read - names - PLACED == set(DERIVED_FIELDS) - PLACED
     video = next(control for control in every if control.name == "video_model")
     assert video.choices == ("svd", "wan", "ltx")
-    assert {"identity", "identity_strength", "min_identity", "retries", "upscaler"} <= names
+    assert {"identity", "identity_strength", "min_identity", "max_tries", "upscaler"} <= names
     params = {name: each for name, each in served.params.items() if name == "flux"}
     ((label, controls),) = control_groups(replace(served, params=params))
     assert (label, [control.name for control in controls]) == ("Base image", ["steps.flux", "guidance.flux"])

@@ -110,7 +110,7 @@ class ShotJob(_JobStatus):
     kind: str = Field(description="Route that created the job: video, image or shot.")
     started_at: Timestamp | None = Field(description="Time at which rendering started.")
     digest: str = Field(validation_alias="key", description="Content key. Jobs with the same key have identical files.")
-    attempts: int = Field(description="Number of times rendering was started.")
+    claims: int = Field(description="Number of times rendering was started.")
     shot: dict[str, JsonValue] = Field(description="Fields of the shot. `POST /v1/shots` accepts them.")
 
 

@@ -1,1 +1,1 @@
-"""The job store: jobs, leases, characters, uploads and webhook messages in SQL."""
+"""The job store: jobs, claims, characters, uploads and webhook messages in SQL."""

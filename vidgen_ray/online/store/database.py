@@ -104,7 +104,7 @@ JOBS = Table(
     Column("start_by", Float(53)),
     Column("shot", JSON, nullable=False),
     Column("key", String(64), nullable=False),
-    Column("attempts", Integer, nullable=False),
+    Column("claims", Integer, nullable=False),
     Column("progress", Integer, nullable=False),
     Column("stage", String(64)),
     Column("step", Integer, nullable=False),

@@ -75,7 +75,7 @@ class Job(StrictModel):
     """Checked shot with its seed. Its id is the name of its folder in the output folder."""
     key: str
     """Content key of the shot. Shots with the same key have the same bytes."""
-    attempts: int = 0
+    claims: int = 0
     """Number of times that a director has claimed the job."""
     progress: int = Field(0, ge=0, le=100)
     """Percent."""
@@ -110,7 +110,7 @@ class Job(StrictModel):
     reserved: float = 0.0
     """GPU-seconds that the job keeps of the budgets of its key: the estimate, corrected by earlier jobs."""
     gpu_seconds: float = 0.0
-    """Measured GPU-seconds, of all attempts."""
+    """Measured GPU-seconds, of all claims."""
     version: int = 0
     """Number of the last change of the job. Later changes of any job have larger numbers."""
 
@@ -142,7 +142,7 @@ CLAIM = (
     .where(JOBS.c.id.in_(bindparam("ids", expanding=True)))
     .values(
         state=JobState.IN_PROGRESS,
-        attempts=JOBS.c.attempts + 1,
+        claims=JOBS.c.claims + 1,
         started_at=func.coalesce(JOBS.c.started_at, bindparam("now")),
         # Finished stages are in the cache; the new owner reports the progress again.
         stage=None,
@@ -288,7 +288,7 @@ def job_of(row: Row[Any]) -> Job:
 
 
 def row_of(job: Job) -> dict[str, Any]:
-    """Return the column values of a job, except `seq`, `place` and those of its lease."""
+    """Return the column values of a job, except `seq`, `place` and those of its claim."""
     shot, day = job.shot, datetime.fromtimestamp(job.created_at, UTC)
     texts = (shot.prompt, shot.style_prompt, job.request.get("character"), f"seed:{shot.seed}", f"date:{day:%Y-%m-%d}", job.id)
     search_text = " ".join(["", *(str(text) for text in texts if text)]).casefold()
@@ -358,10 +358,10 @@ class JobProgress(NamedTuple):
     steps: int
     percent: int
     spent: float
-    """GPU-seconds that are measured until now, of all attempts."""
+    """GPU-seconds that are measured until now, of all claims."""
 
 
-LEASE_S = 10.0
+CLAIM_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job, or the jobs of the store."""
 
 
@@ -382,11 +382,11 @@ def _has_ended(owner: str) -> bool:
     return process is not None and process.is_running() is False
 
 
-class JobLeases:
+class JobClaims:
     """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`. Calls inside a block of
     `together` are one transaction.
 
-    The lease of a job expires if the director that wants to claim it has seen no new heartbeat for some seconds. No times are
+    A claim of a job expires if the director that wants to claim it has seen no new heartbeat for some seconds. No times are
     stored, so clocks may differ and may be set. A change by a director that has lost a job has no effect: `owner` is its fence.
     """
 
@@ -400,13 +400,13 @@ class JobLeases:
         self._seen_director: tuple[str, int, float] | None = None
         """The director, its last heartbeat, and when this process has first seen that."""
 
-    def hold(self, owner: str, lease_s: float) -> str | None:
+    def hold(self, owner: str, claim_s: float) -> str | None:
         """Make `owner` the director of the store, or renew that. Return `None`, or the other director if there is one.
 
         See `director`.
         """
         with self._database.transaction() as transaction:
-            other = self._director(transaction.connection, lease_s)
+            other = self._director(transaction.connection, claim_s)
             if other not in (None, owner):
                 return other
             transaction.connection.execute(delete(DIRECTOR_TABLE))
@@ -418,40 +418,40 @@ class JobLeases:
         with self._database.transaction() as transaction:
             transaction.connection.execute(delete(DIRECTOR_TABLE).where(DIRECTOR_TABLE.c.owner == owner))
 
-    def director(self, lease_s: float) -> str | None:
+    def director(self, claim_s: float) -> str | None:
         """Return the director of the store, `None` if there is none.
 
-        It is replaced when its process has ended, or `lease_s` seconds after this process has first seen its last heartbeat.
+        It is replaced when its process has ended, or `claim_s` seconds after this process has first seen its last heartbeat.
         """
         with self._database.read_connection() as connection:
-            return self._director(connection, lease_s)
+            return self._director(connection, claim_s)
 
-    def _director(self, connection: Connection, lease_s: float) -> str | None:
+    def _director(self, connection: Connection, claim_s: float) -> str | None:
         row, now = connection.execute(select(DIRECTOR_TABLE)).one_or_none(), self._steady()
         if row is None or _has_ended(row.owner):
             return None
         owner, heartbeat = row
         if self._seen_director is None or self._seen_director[:2] != (owner, heartbeat):
             self._seen_director = owner, heartbeat, now
-        return None if now - self._seen_director[2] > lease_s else str(owner)
+        return None if now - self._seen_director[2] > claim_s else str(owner)
 
     def together(self) -> AbstractContextManager[Transaction]:
         """Make the calls of this thread inside the block one transaction."""
         return self._database.transaction()
 
-    def claim(self, owner: str, lease_s: float | None, limit: int) -> Sequence[Job]:
-        """Claim up to `limit` jobs: first those with an expired lease, then queued ones, by place and tenants in turn.
+    def claim(self, owner: str, claim_s: float | None, limit: int) -> Sequence[Job]:
+        """Claim up to `limit` jobs: first those with an expired claim, then queued ones, by place and tenants in turn.
 
-        A lease expires `lease_s` seconds after this process has first seen its last heartbeat. `None`: claim only queued jobs.
-        `attempts` of the returned jobs includes this attempt. Claims none while the store has another director, and none whose
+        A claim expires `claim_s` seconds after this process has first seen its last heartbeat. `None`: claim only queued jobs.
+        `claims` of the returned jobs includes this one. Claims none while the store has another director, and none whose
         deadline has passed.
         """
         with self._database.transaction() as transaction:
-            if self._director(transaction.connection, lease_s or LEASE_S) not in (None, owner):
+            if self._director(transaction.connection, claim_s or CLAIM_S) not in (None, owner):
                 return []
             self.fail_late()
             ids: list[str] = []
-            if lease_s is not None and (ids := self._expired(transaction, lease_s)):
+            if claim_s is not None and (ids := self._expired(transaction, claim_s)):
                 cancelled = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
                 ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
             ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": limit - len(ids)})
@@ -462,14 +462,14 @@ class JobLeases:
             jobs = {row.id: job_of(row) for row in claimed}
             return [jobs[job_id] for job_id in ids]
 
-    def _expired(self, transaction: Transaction, lease_s: float) -> list[str]:
-        """Return the jobs in progress that have had the same heartbeat for `lease_s` seconds."""
+    def _expired(self, transaction: Transaction, claim_s: float) -> list[str]:
+        """Return the jobs in progress that have had the same heartbeat for `claim_s` seconds."""
         now, before = self._steady(), self._seen
         self._seen = {
             job_id: before[job_id] if before.get(job_id, (None,))[0] == heartbeat else (heartbeat, now)
             for job_id, heartbeat in transaction.connection.execute(HELD_BY_ALL)
         }
-        return [job_id for job_id, (_, since) in self._seen.items() if now - since > lease_s]
+        return [job_id for job_id, (_, since) in self._seen.items() if now - since > claim_s]
 
     def fail_late(self) -> None:
         """Fail the queued jobs whose deadline has passed before they have ever started."""
@@ -478,18 +478,18 @@ class JobLeases:
             self._rows.end_by(transaction, END_LATE, values, JobState.FAILED)
 
     def heartbeat(self, owner: str, ids: Collection[str]) -> set[str]:
-        """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
+        """Renew claims. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the claim."""
         with self._database.transaction() as transaction:
             parameters = {"ids": list(ids), "held_by": owner, "heartbeat": transaction.version}
             renewed = {row.id for row in transaction.connection.execute(RENEW, parameters) if not row.cancel_requested}
         return set(ids) - renewed
 
     def release(self, owner: str, ids: Collection[str]) -> None:
-        """Return jobs to their old position in the queue. The attempt is not counted. Jobs to be cancelled are cancelled."""
+        """Return jobs to their old position in the queue. The claim is not counted. Jobs to be cancelled are cancelled."""
         with self._database.transaction() as transaction:
             held = [JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
             self._rows.end(transaction, [*held, JOBS.c.cancel_requested], JobState.CANCELLED)
-            requeued = {"state": JobState.QUEUED, "owner": None, "heartbeat": None, "attempts": JOBS.c.attempts - 1}
+            requeued = {"state": JobState.QUEUED, "owner": None, "heartbeat": None, "claims": JOBS.c.claims - 1}
             self._rows.update(transaction, held, **requeued)
 
     def progress(self, owner: str, updates: Sequence[JobProgress]) -> None:
@@ -500,7 +500,7 @@ class JobLeases:
                 transaction.connection.execute(_PROGRESS, [{**update._asdict(), **held} for update in updates])
 
     def end(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
-        """End a job; the files of a completed one are stored. Return False if `owner` has lost the lease."""
+        """End a job; the files of a completed one are stored. Return False if `owner` has lost the claim."""
         with self._database.transaction() as transaction:
             return bool(self._rows.end_by(transaction, END_OWN, {"ended": job_id, "held_by": owner, **values}, state))
 
@@ -536,11 +536,11 @@ class Outbox:
         self._steady = steady
 
     def claim_due(
-        self, lease_s: float, only: str | None = None, exclude: Collection[str] = (), busy: Collection[str] = ()
+        self, claim_s: float, only: str | None = None, exclude: Collection[str] = (), busy: Collection[str] = ()
     ) -> Message | None:
         """Return the oldest due message to the target `only`, or to any, that is not in `exclude`.
 
-        It is not due again for `lease_s` seconds. `busy`: tenants of which messages to receivers of requests are left out.
+        It is not due again for `claim_s` seconds. `busy`: tenants of which messages to receivers of requests are left out.
         """
         now = self._steady()
         due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
@@ -550,9 +550,9 @@ class Outbox:
         first = self._database.rows(select(OUTBOX.c.id).where(*due).order_by(OUTBOX.c.seq).limit(1))
         if not first:
             return None
-        lease = update(OUTBOX).where(OUTBOX.c.id == first[0].id, *due).values(next_try_at=now + lease_s).returning(OUTBOX)
+        claim = update(OUTBOX).where(OUTBOX.c.id == first[0].id, *due).values(next_try_at=now + claim_s).returning(OUTBOX)
         with self._database.transaction() as transaction:
-            row = transaction.connection.execute(lease).one_or_none()
+            row = transaction.connection.execute(claim).one_or_none()
         return None if row is None else Message.model_validate(row, from_attributes=True)
 
     def delete(self, message_id: str) -> None:

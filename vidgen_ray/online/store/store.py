@@ -42,7 +42,7 @@ from vidgen_ray.online.store.jobs import (
     OPEN_STATES,
     Job,
     JobKind,
-    JobLeases,
+    JobClaims,
     JobRows,
     JobState,
     Outbox,
@@ -135,7 +135,7 @@ class JobStore:
         self.usage = Usage(self._database, now, gpu_hour_price)
         self._rows = JobRows(targets, retention_s, now, self.usage)
         self.batches = Batches(self._database, self._rows, now)
-        self.queue = JobLeases(self._database, self._rows, now, steady)
+        self.queue = JobClaims(self._database, self._rows, now, steady)
 
     @property
     def engine(self) -> Engine:

@@ -26,7 +26,7 @@ PLACED = frozenset(
     }
 )  # fmt: skip
 """Fields that stages read and that the template places, and `last_image`, which the page does not offer."""
-RULES = {"image_likeness": ("min_identity", "retries"), "qwen_edit": ("style_model",)}
+RULES = {"image_likeness": ("min_identity", "max_tries"), "qwen_edit": ("style_model",)}
 """Stage -> fields that decide about its result without changing it."""
 MODEL_STAGES = {
     "image_model": {"flux": "flux", "klein": "klein", "remote": "remote_image"},

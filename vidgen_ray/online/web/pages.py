@@ -510,7 +510,7 @@ def _status(job: Job) -> str:
     if job.cancel_requested:
         return "Cancelling after this step"
     if job.state is JobState.QUEUED:
-        queued = "Queued" if job.attempts == 0 else "Queued again after an interruption"
+        queued = "Queued" if job.claims == 0 else "Queued again after an interruption"
         return queued if job.priority == "normal" else f"{queued}, {job.priority} priority"
     if job.stage is None:
         return "Starting"
