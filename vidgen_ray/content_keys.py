@@ -291,8 +291,8 @@ class ShotPlanner:
 def is_result_of(plan: ShotPlan, record: Mapping[str, Any]) -> bool:
     """Return whether the plan would make the shot of this record again.
 
-    `record` is the content of `shot.json`. Apart from equal keys, this is true if only `min_identity` and `max_tries` differ, and
-    the plan would keep the same try: that one reaches the new minimum, and those before it do not.
+    `record` is the content of `shot.json`. Apart from equal keys, this is true if only `min_identity` and `max_tries` differ,
+    and the plan would keep the same try: that one reaches the new minimum, and those before it do not.
     """
     if record["key"] == plan.key:
         return True
