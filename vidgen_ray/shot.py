@@ -718,7 +718,7 @@ class Shot(_Frozen):
     def with_seed_of_try(self, number: int) -> "Shot":
         """Return the shot with the seed of try `number`, derived from its own seed, which is that of try 1."""
         seed = self.required_seed()
-        return self.model_copy(update={"seed": _seed_from(seed, "try", number)}) if number > 1 else self
+        return self.model_copy(update={"seed": _seed_from(seed, "try", number - 1)}) if number > 1 else self
 
     def seed_instead_of(self, clip: str) -> int:
         """Return a seed for another clip of the same shot. `clip`: digest of the clip that is not wanted."""

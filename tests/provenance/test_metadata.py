@@ -354,6 +354,7 @@ NOT_MARKED = {
     "report/gallery_page.py": "thumbnails of the gallery",
     "cli/inspect.py": "photos with the detected face, drawn for their owner",
     "cli/doctor.py": "the clip with which a codec is tried",
+    "cli/selftest.py": "small references of the self-test, written by a maintainer",
     "remote/stages.py": "the start image in a request to a server",
     "dataset/captions.py": "frames in a request to a server",
     "bench/published_models.py": "weights",
