@@ -198,7 +198,7 @@ def upload_folder(outputs: OutputFolder, records: UploadRecords, caps: UploadCap
 def too_large_error(param: str | None, cap_bytes: float) -> ApiError:
     """Return a 413 error for a field, or for the whole request."""
     subject = f"{param}: is" if param else "The request is"
-    return ApiError(413, f"{subject} larger than {cap_bytes} bytes", code="too_large", param=param)
+    return ApiError(413, f"{subject} larger than {cap_bytes} bytes. Send less at once.", code="too_large", param=param)
 
 
 def copy_capped(source: IO[bytes], target: BinaryIO, cap_bytes: float, param: str) -> tuple[str, int]:

@@ -38,13 +38,15 @@ CHUNK_LINES, _CHUNK_BYTES = 1_000, 8 << 20
 """Most lines, and about the most bytes, that are read at once."""
 MAX_LINE_BYTES = 1 << 20
 MAX_LINES = 1_000_000
+FORMAT = "Send a JSON object a line, with custom_id, url and body."
 BOM = b"\xef\xbb\xbf"
 CANCELLED_LINE: dict[str, JsonValue] = {"code": "batch_cancelled", "message": "The batch was cancelled before this line ended."}
 EXPIRED_LINE: dict[str, JsonValue] = {
     "code": "batch_expired",
-    "message": "The line did not start within the completion window.",
+    "message": "The line did not start within the completion window. Send it again, perhaps with a longer one.",
 }
 DELETED_LINE: dict[str, JsonValue] = {"code": "deleted", "message": "The result was deleted before the batch ended."}
+AGAIN = "Create the batch again with another key: what is rendered is not rendered again."
 
 log = logging.getLogger("ray.serve")
 
@@ -73,7 +75,7 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
     tenant = server.auth.keys.by_id(batch.key_id)
     path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file)
     if batch.status != "cancelling" and tenant is None:
-        error: dict[str, JsonValue] = {"code": "invalid_api_key", "message": "The key was removed or has expired."}
+        error: dict[str, JsonValue] = {"code": "invalid_api_key", "message": f"The key was removed or has expired. {AGAIN}"}
         await in_write_thread(batches.cancel, batch, error)
         return 0
     if path is None and time.time() < batch.expires_at:
@@ -114,7 +116,8 @@ def numbered_lines(file: BinaryIO, number: int) -> Iterator[tuple[int, bytes | N
             is_long, line = True, rest
         if number == 1:
             line = line.removeprefix(BOM)
-        if is_long or line.strip():
+        # Blank lines count, too: reading them takes time.
+        if is_long or line.strip() or number > MAX_LINES:
             yield number, None if is_long else line
 
 
@@ -125,11 +128,11 @@ def scan(path: Path) -> tuple[int, dict[str, JsonValue] | None]:
         for total, (number, line) in enumerate(numbered_lines(file, 0), 1):
             is_jsonl |= line is not None and line.lstrip().startswith(b"{")
             if number > MAX_LINES:
-                return total, {"code": "too_many_lines", "message": f"The input file has more than {MAX_LINES} lines."}
+                return total, {"code": "too_many_lines", "message": f"The input file has more than {MAX_LINES} lines. Divide it."}
     if not total:
-        return 0, {"code": "empty_file", "message": "The input file has no lines."}
+        return 0, {"code": "empty_file", "message": f"The input file has no lines. {FORMAT}"}
     if not is_jsonl:
-        return total, {"code": "invalid_json", "message": "No line is a JSON object in UTF-8, as JSONL needs.", "line": 1}
+        return total, {"code": "invalid_json", "message": f"The input file is not JSONL in UTF-8. {FORMAT}", "line": 1}
     return total, None
 
 
