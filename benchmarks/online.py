@@ -1,7 +1,8 @@
 """Benchmark of the server: latency, request rate, and jobs lost when processes are killed. Uses the real HTTP API.
 
 Latency: stages do nothing, and clients wait for their results; measures the time from a request to its response. One client
-sends one request after another, also while many event streams are open, while many clients poll, and when many jobs are stored.
+sends one request after another, also while many event streams are open, while many clients poll, beside a batch, and when many
+jobs are stored.
 Then several clients do so at once, which gives the images per second, and the CPU time of each process for an image.
 Serve: `vidgen serve` with the profile `tiny`, as a command: seconds until it is ready, memory at rest, and images of one step.
 Kills: many clients submit jobs while every few seconds a random process of the server (API, director, owner of the workers,
@@ -50,6 +51,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.noop_stages import FRAMES, ON_THESE_ACTORS, SIDE_PX
 from benchmarks.open_connections import Connections, running
 from benchmarks.stored_jobs import fill
+from vidgen_client import Client as BatchClient
 from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.online.store.database import JOBS
 from vidgen_ray.online.store.jobs import Job, JobKind, JobProgress, JobState, new_id
@@ -90,6 +92,8 @@ class Size:
 FULL = Size((1, 10, 100), 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
 QUICK = Size((1, 10, 100), 300, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
 KILL_CLIENTS = 8
+IMAGES = "/v1/images/generations"
+BATCHES, BATCH_LINES = 5, 2_000
 POLL_INTERVAL_S = 10.0
 """Seconds between the requests of each polling client: what the server asks for if a job takes 100 s more."""
 PROGRESS_INTERVAL_S = 1.0
@@ -186,12 +190,12 @@ class Client:
     def image(self, number: int) -> None:
         """Create an image, and wait for it."""
         fields = {"prompt": f"image {number}", "seed": number, "size": f"{SIDE_PX}x{SIDE_PX}"}
-        self._request("POST", "/v1/images/generations", json.dumps(fields), {})
+        self._request("POST", IMAGES, json.dumps(fields), {})
 
     def one_step(self, number: int) -> None:
         """Create an image of one step, and wait for it."""
         fields = {"prompt": f"image {number}", "seed": number, "size": "64x64", "num_inference_steps": 1}
-        self._request("POST", "/v1/images/generations", json.dumps(fields), {})
+        self._request("POST", IMAGES, json.dumps(fields), {})
 
     def clip(self, number: int) -> None:
         """Create a clip, and wait for it."""
@@ -363,6 +367,26 @@ def _with_polling_clients(server: Server, size: Size) -> list[dict[str, Any]]:
     return [*rows, *_quantiles(f"poll, {what}", connections.latencies_ms or [0.0])]
 
 
+def _beside_a_batch(server: Server, size: Size) -> list[dict[str, Any]]:
+    """Measure without and with a batch of images in progress, in turns."""
+    alone, beside = list[float](), list[float]()
+    request, fields = Client(server).image, {"prompt": "a line", "size": f"{SIDE_PX}x{SIDE_PX}"}
+    with BatchClient(f"http://127.0.0.1:{server.port}") as batches:
+        for _ in range(BATCHES):
+            alone += [_request_ms(request) for _ in range(size.sequential_jobs // BATCHES)]
+            bodies = ({**fields, "seed": next(_seeds)} for _ in range(BATCH_LINES))
+            lines = ({"custom_id": f"{n}", "method": "POST", "url": IMAGES, "body": body} for n, body in enumerate(bodies))
+            file = batches.upload_batch("\n".join(map(json.dumps, lines)).encode())
+            batch = batches.create_batch(file, endpoint=IMAGES)
+            while not batches.get_batch(batch).request_counts.completed:
+                time.sleep(POLL_S)
+            beside += [_request_ms(request) for _ in range(size.sequential_jobs // BATCHES)]
+            if batches.cancel_batch(batch).is_final:
+                raise RuntimeError("the batch ended before the last image beside it")
+            batches.wait_for_batch(batch)
+    return [*_quantiles("image, without a batch", alone), *_quantiles(f"image, beside {BATCH_LINES} lines of a batch", beside)]
+
+
 def _with_stored_jobs(server: Server, size: Size) -> list[dict[str, Any]]:
     fill(server.store, size.stored_jobs)
     return _latencies(f"image, {size.stored_jobs} stored jobs", Client(server).image, size.sequential_jobs)
@@ -470,6 +494,7 @@ PARTS: dict[str, Callable[[Server, Size], list[dict[str, Any]]]] = {
     "latency": _one_by_one,
     "streams": _with_streams,
     "polling": _with_polling_clients,
+    "batch": _beside_a_batch,
     "stored": _with_stored_jobs,
     "clients": _many_clients,
     "kills": _kills,

@@ -96,6 +96,8 @@ FRAMES_SCHEMA = {
 Priority = Literal["low", "normal", "high"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 """All priorities, the lowest first."""
+PRIORITY_STEP = 32
+"""Later shots that overtake one on a server until it counts as one priority higher."""
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
 Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]

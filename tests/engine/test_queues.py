@@ -37,6 +37,13 @@ def test_shots_are_prefetched_only_if_enough_is_queued_and_chunks_always():
     farm.ask(3)
     assert sent(farm) == [0, 1, 2]
     farm = Farm(Proc("a"))
+    farm.run(until=5)
+    for order in range(3):
+        farm.ask(order, is_prefetched=False)
+    farm.ask(-1)
+    farm.run()
+    assert sent(farm) == [0, -1, 1, 2], "a later call passes those that are not prefetched"
+    farm = Farm(Proc("a"))
     for order in range(20):
         farm.ask(order, load=CHUNK_LOAD)
     farm.run(until=5)

@@ -21,7 +21,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
 from vidgen_ray.profile import ActorProfile, Profile
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import PRIORITY_STEP, Shot
 
 ALL = ("flux", "svd", "realesrgan")
 FRAMES = 8
@@ -99,6 +99,25 @@ def test_equal_shots_are_computed_once_and_cost_once():
     assert sorted(called) == ["run_clip", "write", "write"]
     assert [[step.cached for step in steps] for steps in (first, second)] == [[False] * 3, [True] * 3]
     assert [{step.price for step in steps} for steps in (first, second)] == [{0.5}, {None}]
+
+
+def test_later_shots_pass_those_of_the_lowest_priority_for_some_time(monkeypatch):
+    orders = {}
+
+    async def with_restarts(_, plan, order, __):
+        orders[order] = plan.shot.priority
+        return order
+
+    async def render(*priorities):
+        for priority in priorities:
+            await shots.render(ShotPlan(shot=Shot(id="s", prompt="a", seed=1, priority=priority), steps=(), key=""))
+        return [orders[order] for order in sorted(orders)]
+
+    monkeypatch.setattr(Shots, "_with_restarts", with_restarts)
+    shots = Shots(Mock(), Mock(slots=(), workers=()), Mock(), {}, Mock(), Mock())
+    assert asyncio.run(render("low", "normal", "low", "high")) == ["normal", "high", "low", "low"]
+    later = asyncio.run(render(*["normal"] * PRIORITY_STEP))
+    assert (later.index("low"), later[-1]) == (PRIORITY_STEP - 1, "normal")
 
 
 def died(row):

@@ -13,6 +13,7 @@ from tests.online.directors import LOCAL, client_of, listening_on_a_port, local_
 from vidgen_ray.online.api import batch_runner
 from vidgen_ray.online.api.batch_runner import advance
 from vidgen_ray.online.auth import ApiKeys
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import OnlineSettings
 
 
@@ -121,6 +122,7 @@ def test_each_line_is_answered_once_in_one_of_both_files(client):
         (b"\xef\xbb\xbf\r\n\n", "empty_file"),
         (b"a,b\n1,2\n", "invalid_json"),
         ("{}".encode("utf-16"), "invalid_json"),
+        (b"\n" * (batch_runner.MAX_LINES + 1), "too_many_lines"),
     ],
 )
 def test_file_without_requests_fails_the_batch(client, content, code):
@@ -173,7 +175,10 @@ def test_interactive_jobs_pass_a_batch_and_its_lines_use_up_no_limit(server, cli
         time.sleep(0.02)
     fields = {"prompt": "first", "num_frames": 2, "size": "64x64", "upscale": False}
     ids = [client.post("/v1/videos", json={**fields, "seed": seed}).json()["id"] for seed in range(31)]
-    assert list(server.store.queue_order())[:31] == ids
+    order = list(server.store.queue_order())
+    assert order[:31] == ids
+    shots = [plan_job(server.store.get(each, "local"), server.serving_profile, server.settings).shot for each in order[30:32]]
+    assert [shot.priority for shot in shots] == ["normal", "low"], "as the engine sees them"
     assert len(server.store.queue_order()) == batch_runner.QUEUED + 31
 
 

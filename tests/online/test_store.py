@@ -20,7 +20,7 @@ from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store import database
 from vidgen_ray.online.store.batches import Batch, BatchLine
 from vidgen_ray.online.store.database import TABLES
-from vidgen_ray.online.store.jobs import FINAL, PRIORITY_STEP, Job, JobKind, JobProgress, JobState, new_id, new_owner
+from vidgen_ray.online.store.jobs import FINAL, Job, JobKind, JobProgress, JobState, new_id, new_owner
 from vidgen_ray.online.store.store import (
     PURGE_DELAY_S,
     IdempotencyConflict,
@@ -29,7 +29,7 @@ from vidgen_ray.online.store.store import (
     QueueFull,
     UnknownJob,
 )
-from vidgen_ray.shot import PRIORITIES, Shot
+from vidgen_ray.shot import PRIORITIES, PRIORITY_STEP, Shot
 
 
 class Clock:
@@ -171,6 +171,12 @@ def test_claim_takes_turns_between_tenants_and_released_jobs_keep_their_place(st
     assert (again.id, again.claims) == (ada[0], 1)
     # Ada has two jobs in progress, so Bob's next job comes first.
     assert [job.id for job in store.queue.claim("d", 30, 9)] == [bob[1], ada[2], ada[3]]
+    low = [store.create(new_job("ada", priority="low"))[0].id for _ in range(3)]
+    normal = [store.create(new_job("bob"))[0].id for _ in range(2)]
+    assert [job.id for job in store.queue.claim("d", 30, 1, reserved=1)] == normal[:1]
+    assert [job.id for job in store.queue.claim("d", 30, 3, reserved=1)] == [normal[1], low[0]]
+    assert store.queue.claim("d", 30, 1, reserved=1) == []
+    assert [job.id for job in store.queue.claim("d", 30, 1)] == low[1:2]
 
 
 def test_calls_together_are_stored_or_undone_together(store):

@@ -77,7 +77,7 @@ class Request:
     """Run it alone on its process, because a process crashed while it ran this call and others."""
     is_copied: bool = False
     """Its present attempt has run on a second process, too. Only once: otherwise a call that hangs has a copy for ever."""
-    entry: tuple[int, int, Request] | None = None
+    entry: tuple[float, int, Request] | None = None
     """Its place in a queue, if it waits there."""
     doubt_until: float | None = None
     """Set while it waits for what shows which processes of its failures are sick."""

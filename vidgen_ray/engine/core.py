@@ -357,12 +357,12 @@ class Core(Supervision):
             self._next_attempt(request, request.failures[-1], is_settled=True)
             orders = self._orders()
 
-    def _orders(self) -> tuple[set[int], set[int]]:
+    def _orders(self) -> tuple[set[float], set[float]]:
         """Return the shots with calls in progress that do not wait for evidence themselves: of workers, and of all."""
         calls = [each.call for each in self.requests if each.doubt_until is None]
         return {call.order for call in calls if call.stage != OUTPUT}, {call.order for call in calls}
 
-    def _may_be_shown(self, request: Request, orders: tuple[set[int], set[int]]) -> bool:
+    def _may_be_shown(self, request: Request, orders: tuple[set[float], set[float]]) -> bool:
         """Return whether calls of other shots, or a process that starts, may show which processes are sick.
 
         `orders`: see `_orders`.

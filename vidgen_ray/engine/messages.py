@@ -44,8 +44,8 @@ class Call(NamedTuple):
     """One call that a shot needs."""
 
     id: int
-    order: int
-    """Sequence number of the shot. Smaller is older."""
+    order: float
+    """Sequence number of the shot, larger for the lowest priority. Smaller is older."""
     shot: str
     """Id of the shot, for logs."""
     stages: tuple[str, ...]
@@ -68,6 +68,8 @@ class Call(NamedTuple):
     """Calls with the same keys are computed once."""
     is_checked: bool = False
     """The call makes whole images or clips: another worker can repeat it to check this one."""
+    is_prefetched: bool = True
+    """A busy process may get the call early. If not, calls of a higher priority can still pass it."""
 
     @property
     def stage(self) -> str:

@@ -19,7 +19,7 @@ from vidgen_ray.engine.processes import (
 )
 from vidgen_ray.planner.layout import EPSILON, SHOTS_PER_SWAP
 
-Entry = tuple[int, int, Request]
+Entry = tuple[float, int, Request]
 """Order of the shot, a number that makes the entry unique, and the call."""
 _Send = Callable[[Process, Request], None]
 LOOKS = 16
@@ -138,7 +138,7 @@ class Queues:
                 if request.entry is not None and not request.runs_alone:
                     self._place_behind(request, send)
 
-    def _urgency(self, request: Request) -> tuple[int, int]:
+    def _urgency(self, request: Request) -> tuple[int, float]:
         return -self._table.positions[request.call.stage], request.call.order
 
     def _fill(self, process: Process, most: float, send: _Send) -> None:
@@ -180,7 +180,7 @@ class Queues:
                 fits = load <= room and (is_enough or load < MAX_RUNNING_LOAD)
                 if picky is not None and fits and (best is None or picky < best):
                     best = picky if self.may_run(process, request) else best
-            if best is not None:
+            if best is not None and (best[2].call.is_prefetched or not prefetches):
                 return best[2]
         return None
 

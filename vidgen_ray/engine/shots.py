@@ -25,6 +25,7 @@ from vidgen_ray.graph import chunked_stages_of, clip_growth, clip_length
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.render.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_try, check_likeness, join_records
+from vidgen_ray.shot import PRIORITIES, PRIORITY_STEP
 
 MAX_KEPT_RESULTS = 32
 """Results, such as the features of a face, that are kept in Ray's object store for later shots with the same inputs."""
@@ -64,7 +65,8 @@ class Shots:
 
         If the likeness is too low, the further tries of the plan follow, with other seeds.
         """
-        order = next(self._orders)
+        # No two shots have the same order.
+        order = next(self._orders) + (PRIORITY_STEP + 0.5 if plan.shot.priority == PRIORITIES[0] else 0)
         rejected: list[LikenessTooLow] = []
         for each in (plan, *plan.again):
             try:
@@ -80,7 +82,7 @@ class Shots:
         failure = StepFailed(LIKENESS, best_try(rejected)).failure()
         raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}), Kind.INPUT)
 
-    async def _with_restarts(self, plan: ShotPlan, order: int, on_progress: OnProgress | None) -> ShotRecord:
+    async def _with_restarts(self, plan: ShotPlan, order: float, on_progress: OnProgress | None) -> ShotRecord:
         """Render with one seed, again if inputs of a call are lost. Raises ShotFailed, and LikenessTooLow as soon as known."""
         for number in range(MAX_RESTARTS):
             try:
@@ -95,7 +97,7 @@ class Shots:
                 failure = failed.failure.model_copy(update={"attempts": number + 1})
         raise ShotFailed(failure)
 
-    async def _run(self, plan: ShotPlan, order: int, on_progress: OnProgress | None) -> ShotRecord:
+    async def _run(self, plan: ShotPlan, order: float, on_progress: OnProgress | None) -> ShotRecord:
         route = self._routes(plan)
         records: tuple[StepRecord, ...] = ()
         made: Made | None = None
@@ -110,7 +112,7 @@ class Shots:
         return await self._write(plan, order, route, made, records, on_progress)
 
     async def _make(
-        self, plan: ShotPlan, order: int, call: RouteCall, before: Made | None, on_progress: OnProgress | None
+        self, plan: ShotPlan, order: float, call: RouteCall, before: Made | None, on_progress: OnProgress | None
     ) -> Made:
         """Return the result of a call, or that of another shot with the same keys."""
         if (kept := self._kept.get(call.keys)) is not None:
@@ -131,7 +133,7 @@ class Shots:
         return made
 
     @staticmethod
-    def _call_of(plan: ShotPlan, order: int, call: RouteCall, before: Made | None, share: float = 1.0) -> Call:
+    def _call_of(plan: ShotPlan, order: float, call: RouteCall, before: Made | None, share: float = 1.0) -> Call:
         """Return a call for the core. `share`: of the clip that it works on."""
         return Call(
             id=0,
@@ -144,6 +146,7 @@ class Shots:
             load=call.load,
             adapters=call.adapters,
             near=before.process if before is not None else None,
+            is_prefetched=plan.shot.priority != PRIORITIES[0],
         )
 
     def _count(self, records: Sequence[StepRecord], on_progress: OnProgress | None) -> None:
@@ -158,7 +161,7 @@ class Shots:
     async def _write(
         self,
         plan: ShotPlan,
-        order: int,
+        order: float,
         route: Route,
         made: Made | None,
         records: tuple[StepRecord, ...],
@@ -189,7 +192,7 @@ class Shots:
         self,
         session: EncoderSession,
         plan: ShotPlan,
-        order: int,
+        order: float,
         route: Route,
         made: Made | None,
         records: tuple[StepRecord, ...],
@@ -223,7 +226,7 @@ class Shots:
         raise AssertionError("a clip has at least one chunk")
 
     async def _processed(
-        self, plan: ShotPlan, order: int, route: Route, made: Made | None, on_progress: OnProgress | None
+        self, plan: ShotPlan, order: float, route: Route, made: Made | None, on_progress: OnProgress | None
     ) -> AsyncGenerator[tuple[tuple[StepRecord, ...], Any]]:
         """Yield the records and the output of each chunk of a clip, in order. At most MAX_CHUNKS_AHEAD of them are started."""
         n_frames, _ = clip_length(plan.shot)

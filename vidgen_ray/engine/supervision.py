@@ -212,7 +212,7 @@ class Supervision(ABC):
             in_a_row = f"failed for {request.call.stage} on different shots in a row, the last time with: "
             self._quarantine(process, f"{'' if failed.kind is Kind.NODE else in_a_row}{failed.failure.message}")
 
-    def _succeeded(self, process: Process, order: int) -> None:
+    def _succeeded(self, process: Process, order: float) -> None:
         """A process has finished a call. Its earlier failures of other shots now count against those shots."""
         process.quarantines = 0
         if process.failures:

@@ -321,7 +321,7 @@ class JobDirector:
             stopped = queue.heartbeat(self.owner, held) if held else set()
             if updates:
                 queue.progress(self.owner, updates)
-            jobs = queue.claim(self.owner, CLAIM_S if is_full else None, limit) if limit else ()
+            jobs = queue.claim(self.owner, CLAIM_S if is_full else None, limit, self._reserved_slots) if limit else ()
             started = [*held, *(job.id for job in jobs)]
             may_be_over = bool(started and (is_full or jobs) and self._keys.budgets)
             over = self._store.usage.over(started, self._budgets_of) if may_be_over else set[str]()
@@ -348,6 +348,12 @@ class JobDirector:
         if engine is None or engine.fatal_failure is not None or self._storage.active or self._draining:
             return 0
         return max(0, engine.window.shots - running)
+
+    @property
+    def _reserved_slots(self) -> int:
+        """Slots that jobs of the lowest priority leave to others, which then wait for none of them."""
+        engine = self._renderer.engine
+        return int(engine is not None and engine.window.shots > 1)
 
     async def _check_storage(self) -> None:
         """Stop claiming jobs while the outputs or the store cannot be written."""

@@ -444,8 +444,10 @@ def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings
 def plans_of(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> Iterator[ShotPlan]:
     """Yield the plans that a stored job has now, perhaps with other keys: the setting of shared results may have changed."""
     licences, salt = stored_licences(job), key_salt(job.tenant, settings)
+    # Stored shots have no priority.
+    shot = job.shot.model_copy(update={"priority": job.priority})
     for each in (salt, "" if salt else job.tenant):
-        yield serving_profile.plan(job.shot, each, licences)
+        yield serving_profile.plan(shot, each, licences)
 
 
 def stored_licences(job: Job) -> tuple[UsedWeights, ...]:

@@ -128,7 +128,10 @@ def scan(path: Path) -> tuple[int, dict[str, JsonValue] | None]:
         for total, (number, line) in enumerate(numbered_lines(file, 0), 1):
             is_jsonl |= line is not None and line.lstrip().startswith(b"{")
             if number > MAX_LINES:
-                return total, {"code": "too_many_lines", "message": f"The input file has more than {MAX_LINES} lines. Divide it."}
+                return total, {
+                    "code": "too_many_lines",
+                    "message": f"The input file has more than {MAX_LINES} lines. Divide it.",
+                }
     if not total:
         return 0, {"code": "empty_file", "message": f"The input file has no lines. {FORMAT}"}
     if not is_jsonl:

@@ -13,14 +13,14 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pydantic import Field, JsonValue
-from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Subquery, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from vidgen_ray.errors import FrozenModel, StrictModel
 from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store.budgets import Usage
 from vidgen_ray.online.store.database import DIRECTOR_TABLE, JOBS, OUTBOX, Database, Transaction
-from vidgen_ray.shot import PRIORITIES, Priority, Shot
+from vidgen_ray.shot import PRIORITIES, PRIORITY_STEP, Priority, Shot
 from vidgen_ray.system.files import ProcessId, this_process
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -295,8 +295,6 @@ def row_of(job: Job) -> dict[str, Any]:
     return {**job.model_dump(mode="json"), "overtaken": 0, "search_text": search_text}
 
 
-PRIORITY_STEP = 32
-"""Later jobs of its tenant that overtake a job until it counts as one priority higher. No job overtakes a high one."""
 LAST_QUEUED = (
     select(*JOBS.c["id", "place", "priority", "overtaken"])
     .where(IS_OPEN, JOBS.c.state == JobState.QUEUED, JOBS.c.tenant == bindparam("of_tenant"))
@@ -328,7 +326,8 @@ def _make_place(connection: Connection, job: Job, last: int) -> int:
     return last
 
 
-def _all_queued() -> Select[Any]:
+def _queue() -> Subquery:
+    """Return all queued jobs with their turn: their number among the jobs of their tenant, after those in progress."""
     busy = (
         select(JOBS.c.tenant, func.count().label("jobs"))
         .where(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS)
@@ -337,16 +336,19 @@ def _all_queued() -> Select[Any]:
     )
     turn = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.place) + func.coalesce(busy.c.jobs, 0)
     return (
-        select(JOBS.c.id)
+        select(*JOBS.c["id", "priority", "place"], turn.label("turn"))
         .select_from(JOBS.outerjoin(busy, JOBS.c.tenant == busy.c.tenant))
         .where(IS_OPEN, JOBS.c.state == JobState.QUEUED)
-        .order_by(turn, JOBS.c.place)
+        .subquery()
     )
 
 
-ALL_QUEUED = _all_queued()
+QUEUE = _queue()
+ALL_QUEUED = select(QUEUE.c.id).order_by(QUEUE.c.turn, QUEUE.c.place)
 """Ids of all queued jobs, in order."""
 FIRST_QUEUED = ALL_QUEUED.limit(bindparam("limit"))
+FIRST_OTHERS = FIRST_QUEUED.where(QUEUE.c.priority != PRIORITIES[0], QUEUE.c.id.not_in(bindparam("claimed", expanding=True)))
+"""The first jobs above the lowest priority that are not claimed yet."""
 
 
 class JobProgress(NamedTuple):
@@ -439,10 +441,11 @@ class JobClaims:
         """Make the calls of this thread inside the block one transaction."""
         return self._database.transaction()
 
-    def claim(self, owner: str, claim_s: float | None, limit: int) -> Sequence[Job]:
+    def claim(self, owner: str, claim_s: float | None, limit: int, reserved: int = 0) -> Sequence[Job]:
         """Claim up to `limit` jobs: first those with an expired claim, then queued ones, by place and tenants in turn.
 
-        A claim expires `claim_s` seconds after this process has first seen its last heartbeat. `None`: claim only queued jobs.
+        The last `reserved` ones are not of the lowest priority. A claim expires `claim_s` seconds after this process has first
+        seen its last heartbeat. `None`: claim only queued jobs.
         `claims` of the returned jobs includes this one. Claims none while the store has another director, and none whose
         deadline has passed.
         """
@@ -454,7 +457,9 @@ class JobClaims:
             if claim_s is not None and (ids := self._expired(transaction, claim_s)):
                 cancelled = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
                 ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-            ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": limit - len(ids)})
+            ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": max(0, limit - reserved - len(ids))})
+            if reserved:
+                ids += transaction.connection.scalars(FIRST_OTHERS, {"claimed": ids, "limit": limit - len(ids)})
             if not ids:
                 return []
             values = {"owner": owner, "heartbeat": transaction.version, "version": transaction.version}
