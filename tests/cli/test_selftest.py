@@ -18,15 +18,14 @@ def results(capsys):
 
     def run(*options):
         code = main(["selftest", "--device", "cpu", "--json", *options])
-        items = json.loads(capsys.readouterr().out)["items"]
-        return code, {f"{item['item']}/{file['file']}": file for item in items for file in item["files"]}
+        return code, {file["file"]: file for file in json.loads(capsys.readouterr().out)["files"]}
 
     return run
 
 
 def test_selftest_finds_the_stored_results_and_names_device_and_versions(capsys):
     assert main(["selftest", "--device", "cpu"]) == 0
-    versions, device, _, *rows, last = capsys.readouterr().out.splitlines()
+    versions, device, _, *rows, seconds, last = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in versions
     assert device.startswith("device: ")
     files = sorted(path for path in selftest._REFERENCES.rglob("*.*") if path.name != "kinds.json")
@@ -34,6 +33,7 @@ def test_selftest_finds_the_stored_results_and_names_device_and_versions(capsys)
     # A machine of another kind may have other bits.
     allowed = {"equal"} if "no results" not in device else {"equal", "unknown"}
     assert {row.split()[1] for row in rows} <= allowed
+    assert seconds.startswith("seconds: quality ")
     assert last == "No result is different."
     assert sum(path.stat().st_size for path in files) < 200_000
 
@@ -44,7 +44,7 @@ def test_selftest_finds_a_broken_upscaler_also_on_an_unknown_device(results, mon
     call = UpscaleNetwork.__call__
     monkeypatch.setattr(UpscaleNetwork, "__call__", lambda self, pixels: call(self, pixels) // 2)
     code, files = results()
-    assert (code, files["upscaled/video.mp4"]["status"]) == (1, "different")
+    assert (code, files["upscaled/video.mp4"]["result"]) == (1, "different")
     assert files["upscaled/video.mp4"]["mean"] > 10
 
 
@@ -64,7 +64,7 @@ def test_selftest_finds_one_changed_weight_and_write_replaces_what_is_expected(r
     monkeypatch.setattr(selftest, "_profile", lambda device: profile.model_copy(update={"actors": actors}))
     code, files = results("--write")
     image = files["fast/image.png"]
-    assert (code, image["status"], image["largest"] > 0) == (0, "different", True)
+    assert (code, image["result"], image["largest"] > 0) == (0, "different", True)
     (stored,) = json.loads((references / "kinds.json").read_text()).values()
     assert stored["sha256"] == {"fast/image.png": image["sha256"]}
     assert [path.name for path in references.rglob("*.png")] == ["image.png"]

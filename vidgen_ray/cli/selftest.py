@@ -26,7 +26,7 @@ from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption
 from vidgen_ray.cli.options import example
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image
-from vidgen_ray.outputs.records import VIDEO_FILE
+from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.stages.base import Frames, torch_threads
@@ -57,7 +57,10 @@ _SHOTS: Mapping[str, Mapping[str, Any]] = {
 }
 _UPSCALED = "upscaled"
 _ITEMS = (*_SHOTS, _UPSCALED)
-_PHOTO, _CLIP_FRAMES = "faces/astronaut.jpg", 6
+_FILES = IMAGE_FILE, VIDEO_FILE, HD_FILE
+"""In the order in which they are made: the first one that differs is nearest to the cause."""
+_PHOTO = "faces/astronaut.jpg"
+"""The camera of the clip that is upscaled moves over it."""
 _MAX_MEAN = 2.0
 """Mean difference in levels of 255 that kinds of devices may have. Measured between instruction sets of a CPU: at most 0.8."""
 _THREADS = 2
@@ -73,8 +76,9 @@ class _FileResult:
     """Comparison of one file with its reference."""
 
     file: str
-    status: _Status
-    """unknown: no result of this kind of device is stored, and the difference is one that kinds of devices may have."""
+    """Item and name, as below the references."""
+    result: _Status
+    """unknown: no results of this kind of device are stored, and the difference is one that kinds of devices may have."""
     largest: int
     """Largest difference of a value in levels of 255. 255 if the size or the number of frames differs. The same for `mean`."""
     mean: float
@@ -82,22 +86,11 @@ class _FileResult:
     """Digest of the decoded frames."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ItemResult:
-    """Results of a shot or of the upscaled clip."""
-
-    item: str
-    seconds: float
-    expected_s: float | None
-    """Seconds on this kind of device, or on that of the references if it is unknown."""
-    files: tuple[_FileResult, ...]
-
-
 class _Stored(NamedTuple):
     """Stored results of a kind of device."""
 
     sha256: dict[str, str]
-    """Path below the references -> digest."""
+    """File -> digest."""
     seconds: dict[str, float]
     """Item -> seconds."""
 
@@ -126,31 +119,25 @@ def _kind_of_device(device: str) -> str:
     return ", ".join([hardware, *versions])
 
 
-def _render(profile: Profile, folder: Path) -> Iterator[tuple[str, float, dict[str, Path]]]:
-    """Render the items. Yield the name, seconds, and file name -> path of each."""
+def _render(profile: Profile, folder: Path) -> Iterator[tuple[str, float, list[Path]]]:
+    """Render the items. Yield the name, seconds and files of each."""
     pipeline = VideoGenerationPipeline(profile, folder)
     for item in _ITEMS:
         begin = time.perf_counter()
         if item == _UPSCALED:
-            source, out = folder / "source.mp4", folder / VIDEO_FILE
-            _write_clip(source)
+            source, out, photo = folder / "source.mp4", folder / VIDEO_FILE, read_image(example(_PHOTO))
+            with Mp4Writer(source, 96, 72, 6, Mp4Settings(preset="veryfast", threads=1)) as clip:
+                for left in range(60, 78, 3):
+                    clip.write(photo[None, 20 : 20 + 72, left : left + 96])
             pipeline.upscale(source, out=out, scale=2)
-            files = {VIDEO_FILE: out}
+            files = [out]
         else:
             fields: dict[str, Any] = {
                 name: str(example(value)) if name == "face_image" else value for name, value in _SHOTS[item].items()
             }
             result = pipeline.generate_video(**fields, id=item, seed=1)
-            files = {name: Path(pipeline.outputs.place(item, name)) for name in sorted(result.record.files)}
+            files = [Path(pipeline.outputs.place(item, name)) for name in _FILES if name in result.record.files]
         yield item, time.perf_counter() - begin, files
-
-
-def _write_clip(path: Path) -> None:
-    """Write the clip that is upscaled: a camera that moves over a photo, at 96x72 pixels."""
-    photo = read_image(example(_PHOTO))
-    with Mp4Writer(path, 96, 72, 6, Mp4Settings(preset="veryfast", threads=1)) as clip:
-        for n in range(_CLIP_FRAMES):
-            clip.write(photo[None, 20 : 20 + 72, 60 + 3 * n : 60 + 3 * n + 96])
 
 
 def _pixels(path: Path) -> Frames:
@@ -161,9 +148,8 @@ def _pixels(path: Path) -> Frames:
         return video.frames(0, video.frame_count)
 
 
-def _compared(item: str, path: Path, kind: str, kinds: Mapping[str, _Stored]) -> _FileResult:
-    """Compare the file of an item with the digest of this kind of device, and with the reference."""
-    name = f"{item}/{path.name}"
+def _compared(name: str, path: Path, kind: str, kinds: Mapping[str, _Stored]) -> _FileResult:
+    """Compare a file with the digest of this kind of device, and with the reference."""
     got = _pixels(path)
     expected = _pixels(_REFERENCES / name) if (_REFERENCES / name).exists() else got[:0]
     sha256 = hashlib.sha256(repr(got.shape).encode() + got.tobytes()).hexdigest()
@@ -173,25 +159,24 @@ def _compared(item: str, path: Path, kind: str, kinds: Mapping[str, _Stored]) ->
         largest, mean = int(difference.max()), round(float(difference.mean()), 3)
     known = [kinds[kind]] if kind in kinds else list(kinds.values())
     is_equal = any(stored.sha256.get(name) == sha256 for stored in known)
-    status: _Status = "equal" if is_equal else "different" if kind in kinds or mean > _MAX_MEAN else "unknown"
-    return _FileResult(path.name, status, largest, mean, sha256)
+    result: _Status = "equal" if is_equal else "different" if kind in kinds or mean > _MAX_MEAN else "unknown"
+    return _FileResult(name, result, largest, mean, sha256)
 
 
 def _read_kinds() -> dict[str, _Stored]:
     return {kind: _Stored(**stored) for kind, stored in json.loads((_REFERENCES / _KINDS).read_text()).items()}
 
 
-def _write(kind: str, kinds: dict[str, _Stored], results: list[_ItemResult], paths: Mapping[str, Path]) -> None:
+def _write(results: Mapping[Path, _FileResult], kind: str, kinds: dict[str, _Stored], seconds: dict[str, float]) -> None:
     """Add this kind of device. If its results are different, replace the references and forget the other kinds."""
-    if any(file.status == "different" for result in results for file in result.files):
+    if any(each.result == "different" for each in results.values()):
         kinds = {}
         shutil.rmtree(_REFERENCES)
-        for name, path in paths.items():
-            (_REFERENCES / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, _REFERENCES / name)
-    digests = {f"{result.item}/{file.file}": file.sha256 for result in results for file in result.files}
-    seconds = {result.item: round(result.seconds, 1) for result in results}
-    stored = {name: each._asdict() for name, each in {**kinds, kind: _Stored(digests, seconds)}.items()}
+        for path, each in results.items():
+            (_REFERENCES / each.file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, _REFERENCES / each.file)
+    kinds = {**kinds, kind: _Stored({each.file: each.sha256 for each in results.values()}, seconds)}
+    stored = {name: each._asdict() for name, each in kinds.items()}
     (_REFERENCES / _KINDS).write_text(json.dumps(stored, indent=2) + "\n")
 
 
@@ -222,30 +207,27 @@ def selftest(
     if not as_json:
         typer.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
         typer.echo(f"device: {kind}{'' if kind in kinds else ' (no results of this kind are stored)'}")
-    results, paths = [], dict[str, Path]()
+    results, seconds = dict[Path, _FileResult](), dict[str, float]()
     again = interruptible("Run the same command again.")
     # Libraries print to standard output while they load.
     with again, tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), torch_threads(_THREADS):
-        for item, seconds, files in _render(_profile(device), Path(folder)):
-            compared = tuple(_compared(item, path, kind, kinds) for path in files.values())
-            results.append(_ItemResult(item, round(seconds, 1), expected.seconds.get(item), compared))
-            paths |= {f"{item}/{name}": path for name, path in files.items()}
+        for item, item_s, files in _render(_profile(device), Path(folder)):
+            seconds[item] = round(item_s, 1)
+            results |= {path: _compared(f"{item}/{path.name}", path, kind, kinds) for path in files}
         if write:
-            _write(kind, kinds, results, paths)
-    different = [f"{result.item}/{file.file}" for result in results for file in result.files if file.status == "different"]
+            _write(results, kind, kinds, seconds)
+    different = [each.file for each in results.values() if each.result == "different"]
     if as_json:
         report = {"device": kind, "is_known": kind in kinds, "versions": versions, "different": different}
-        typer.echo(json.dumps(report | {"items": [asdict(result) for result in results]}))
+        times = {"seconds": seconds, "expected_s": expected.seconds}
+        typer.echo(json.dumps(report | times | {"files": [asdict(each) for each in results.values()]}))
     else:
-        numbers = "largest", "mean", "seconds", "expected"
-        table = table_of("file", "result", *numbers, "sha256", right=numbers)
-        for result in results:
-            times = f"{result.seconds}", f"{result.expected_s}"
-            for file in result.files:
-                values = f"{result.item}/{file.file}", file.status, f"{file.largest}", f"{file.mean}"
-                table.add_row(*values, *times, file.sha256[:16])
-                times = "", ""
+        table = table_of("file", "result", "largest", "mean", "sha256", right=("largest", "mean"))
+        for each in results.values():
+            table.add_row(each.file, each.result, f"{each.largest}", f"{each.mean}", each.sha256[:16])
         stdout_console().print(table)
+        times_s = (f"{item} {item_s} (expected {expected.seconds.get(item)})" for item, item_s in seconds.items())
+        typer.echo(f"seconds: {', '.join(times_s)}")
         typer.echo(f"different: {', '.join(different)}" if different else "No result is different.")
     if different and not write:
         raise typer.Exit(1)
