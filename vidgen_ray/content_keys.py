@@ -100,6 +100,8 @@ NOT_PLAIN_FIELDS = frozenset((*FILE_FIELDS, *FILES_FIELDS, *READ_LORA_FIELDS))
 """Fields that are part of a key by the content of their files. Other fields are by their value."""
 _json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 """The shortest JSON with sorted names: equal values give equal text."""
+_QUICK_JSON: Mapping[type, Callable[[Any], str]] = {int: str, type(None): lambda _: "null"}
+"""Type -> what `_json` does, in a tenth of its time."""
 CACHED_DIGESTS = 4096
 """Files, and combinations of weights, whose digests a planner caches."""
 OUTPUT_VERSION = 3
@@ -246,7 +248,10 @@ class ShotPlanner:
     def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
         fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot)) for stage in stages])
-        values = self._field_values(shot, fields_of_stages)
+        values = {
+            name: _QUICK_JSON.get(type(value), _json)(value)
+            for name, value in self._field_values(shot, fields_of_stages).items()
+        }
         start = _object(START_FIELDS if shot.image else (), values)
         key = _sha256(f'["start",{start},{_json(salt)}]')
         steps = []
@@ -329,8 +334,9 @@ def _plain_fields(fields_of_stages: tuple[tuple[str, ...], ...]) -> tuple[tuple[
     return names, attrgetter(*names)
 
 
-def _object(fields: Iterable[str], values: Mapping[str, Any]) -> str:
-    return _json({field: values[field] for field in fields})
+def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:
+    """Return the JSON object with these fields, which are sorted. `values`: field -> its value as JSON."""
+    return "{" + ",".join([f'"{field}":{values[field]}' for field in fields]) + "}"
 
 
 def _sha256(text: str) -> str:

@@ -18,8 +18,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -220,6 +221,8 @@ STRUCTS = {
 
 
 SCALARS = {column: name for column, name in SETTINGS.items() if name not in (*STRUCTS, "face_image")}
+_CLIP_COLUMNS = ("hd_width", "hd_height", "num_frames", "fps", "duration_s")
+"""Columns about the files of the clip, which follow from several fields of the shot."""
 _scalars_of = attrgetter(*SCALARS.values())
 
 
@@ -227,6 +230,12 @@ def _shot_columns(shot: Shot) -> dict[str, Any]:
     """Return the columns of a shot before it has a result."""
     n_frames, fps = clip_length(shot) if shot.generate_video else (None, None)
     hd_width, hd_height = file_sizes(shot).get("hd_frames", (None, None))
+    sizes = (hd_width, hd_height, n_frames, fps, n_frames / fps if n_frames and fps else None)
+    return {**dict(zip(_CLIP_COLUMNS, sizes, strict=True)), **_settings_of(shot)}
+
+
+def _settings_of(shot: Shot) -> dict[str, Any]:
+    """Return the columns of a shot with its own fields."""
     return {
         "id": shot.id,
         "prompt": shot.prompt,
@@ -234,11 +243,6 @@ def _shot_columns(shot: Shot) -> dict[str, Any]:
         "seed": shot.seed,
         "width": shot.width,
         "height": shot.height,
-        "hd_width": hd_width,
-        "hd_height": hd_height,
-        "num_frames": n_frames,
-        "fps": fps,
-        "duration_s": n_frames / fps if n_frames and fps else None,
         "consent": shot.consent.model_dump() if shot.consent else None,
         "metadata": json.dumps(shot.metadata) if shot.metadata else "{}",
         **dict(zip(SCALARS, _scalars_of(shot), strict=True)),
@@ -297,7 +301,9 @@ _EMPTY = ManifestRow.model_construct(**dict[str, Any]())
 
 def _row(**columns: Any) -> ManifestRow:
     """Return a row with these columns. Copying an empty one takes a fraction of the time of `model_construct`."""
-    return _EMPTY.model_copy(update={"ended_at": _now(), **columns})
+    row = copy(_EMPTY)
+    vars(row).update(columns, ended_at=_now())
+    return row
 
 
 def _failure_columns(failure: Failure) -> dict[str, Any]:
@@ -558,6 +564,7 @@ class FinishedShots:
         self.changed_by = changed_by
         """Writers that may have changed shots without a row. Rows that are older are not trusted."""
         self._folders: dict[str, frozenset[str]] = {}
+        self._is_of_another = cache(self._rows_of_others)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FinishedShots, (self._outputs, self._rows, self.changed_by)
@@ -613,7 +620,7 @@ class FinishedShots:
                 continue
             has_files = any(row[name] is not None for name in SHOT_FILES)
             if has_key and has_files and not with_stages and (trusted if in_object_store else self._holds_on_disk(row)):
-                found[number] = _row(**{**_shot_columns(plan.shot), **row, "line": None})
+                found[number] = _row(**{**_settings_of(plan.shot), **row, "line": None})
             else:
                 unsure.append(number)
         if in_object_store:
@@ -632,10 +639,17 @@ class FinishedShots:
     def other_owner(self, shot_id: str, key: str | None, script: str) -> str | None:
         """Return the script whose finished shot has this id, with another key. `None` if `script` may render the shot."""
         position = self._positions.get(shot_id)
-        if position is None:
+        if position is None or not self._is_of_another(script)[position]:
             return None
         owner, finished_key = (self._rows.column(name)[position].as_py() for name in ("script", "key"))
-        return owner if owner != script and finished_key != key else None
+        return owner if finished_key != key else None
+
+    def _rows_of_others(self, script: str) -> list[bool]:
+        """Return for each row whether it is of another script."""
+        others: list[bool] = compute.not_equal(
+            self._rows.column("script"), pyarrow.scalar(script, pyarrow.string())
+        ).to_pylist()
+        return others
 
     def _holds_on_disk(self, row: Mapping[str, Any]) -> bool:
         """Return whether the shot was not written again since its manifest row, and its files have their sizes."""
