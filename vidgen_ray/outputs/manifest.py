@@ -543,7 +543,7 @@ def _path(writer: str) -> str:
 
 _COLUMNS = (
     *("run", "script", "id", "status", "key", "committed_at", "seed", "seconds", "gpu_seconds", "cost", "currency"),
-    *("lora_loads", "cut_tokens", "licences", "commercial_use", *LIKENESS_COLUMNS),
+    *("lora_loads", "cut_tokens", "licences", "commercial_use", *_CLIP_COLUMNS, *LIKENESS_COLUMNS),
     *(f"{name}{end}" for name in SHOT_FILES for end in ("", "_sha256", "_bytes")),
 )
 """Columns of the manifest that a look-up and the row of a reused shot need."""
