@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from benchmarks import memory_report, rivals
 from tests.conftest import ASTRONAUT, SYNTHETIC
@@ -81,6 +82,14 @@ def test_commands_in_blocks_of_code_can_be_parsed():
                 command.make_context(line, words)
             except Exception as error:
                 pytest.fail(f"{page.name}: {line}: {error}")
+
+
+def test_first_page_is_short_and_moves():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+    file = ROOT / "docs" / "images" / "front.webp"
+    with Image.open(file) as picture:
+        assert picture.n_frames > 24
+    assert file.stat().st_size <= 1_000_000
 
 
 RUN = {"shot", "validate", "plan", "slurm"}

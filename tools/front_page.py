@@ -41,6 +41,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="output folder of `make demo`")
     demo: Path = parser.parse_args().demo
+    if not (demo / "index.html").exists():
+        parser.error(f"{demo}: has no index.html, must be the output folder of `make demo`")
     page = screenshot(demo / "index.html")
     page.crop((0, 0, page.width, 768)).save(IMAGES / "gallery.png", optimize=True)
     first, *others = [*flow(demo), *gallery(page), *enlarged()]
