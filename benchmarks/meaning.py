@@ -19,35 +19,23 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine, write_json
 from tests.meaning.chain import Chain
-from tests.meaning.checks import CHECKS, UNCUT, WAN_SLOW
+from tests.meaning.checks import CHECKS, UNCUT
 from training.captions import caption
 from training.classifier import truth as truth_of
 from training.degrading import degraded
 from training.drawing import draw
 from training.world import some_scene
 from vidgen_ray.dataset import demo_captioner
-from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 PACKAGES = ("vidgen-ray", "torch", "diffusers", "transformers", "numpy")
 QUICK_CASES = 4
 CLIP = {"num_frames": 8, "fps": 6, "motion_bucket_id": 60}
 """Clips that are captioned."""
-GRID = (
-    ("a red boat by the sea at sunset", None, "builtin:demo/sketch.safetensors", "a pencil sketch"),
-    ("a yellow balloon in the snow at night", None, "builtin:demo/sketch.safetensors", "soft pastel colours"),
-    ("a person in a blue shirt in a meadow on a sunny day", "ada", "builtin:demo/ada.safetensors", "soft pastel colours"),
-    ("a person in a yellow shirt in the city at night", "bo", "builtin:demo/ada.safetensors", "a pencil sketch"),
-)
-"""Prompt, cast member, LoRA and style prompt of each row."""
-CELL_PX = 192
 
 
 def main() -> int:
@@ -56,17 +44,11 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=50, metavar="N", help="Cases per check. Default: 50.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     parser.add_argument(
-        "--grid", type=Path, metavar="FILE", help="Only draw the image grid of docs/demo-models.md to this file."
-    )
-    parser.add_argument(
         "--captions", action="store_true", help="Measure the captioner, with this many clips, and ten times as many drawings."
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chain = Chain(Path(folder))
-        if args.grid:
-            PILImage.fromarray(grid(chain)).save(args.grid, quality=90)
-            return 0
         cases = QUICK_CASES if args.quick else args.cases
         rows = captioned(chain, cases) if args.captions else run_checks(chain, cases)
     if args.captions:
@@ -141,31 +123,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(row["what"], *(str(row[key]) for key in ("cases", "share", "goal", "cut_off", "seconds")))
     return table
-
-
-def grid(chain: Chain) -> NDArray[np.uint8]:
-    """Draw a row per prompt: without photo, with photo, with LoRA, restyled, last frames of SVD and Wan, upscaled frame."""
-    upscaler = RealESRGANStage(chain.profile.params(RealESRGANStage))
-    upscaler.load()
-    rows = []
-    for n, (prompt, person, lora, style) in enumerate(GRID):
-        fields: dict[str, Any] = {"prompt": prompt, "seed": n}
-        cells = [chain.make(**fields)["image"]]
-        if person:
-            fields["face_image"] = chain.photo(person)
-        clip = chain.make(**fields, generate_video=True)
-        refined = fields | {"lora": lora, "lora_strength": 0.8}
-        restyled = fields | {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
-        cells += [clip["image"], *(chain.make(**variant)["image"] for variant in (refined, restyled))]
-        last = chain.make(**fields, generate_video=True, **WAN_SLOW)["frames"][-1:]
-        upscaled = upscaler(Item(chain.shot(**fields), {"frames": last}))
-        cells += [clip["frames"][-1], last[0], upscaled["hd_frames"][0]]
-        rows.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
-    return np.concatenate(rows)
-
-
-def _cell(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(PILImage.fromarray(image).resize((CELL_PX, CELL_PX), PILImage.Resampling.LANCZOS))
 
 
 if __name__ == "__main__":
