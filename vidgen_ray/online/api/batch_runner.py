@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from pydantic import JsonValue
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,7 +25,7 @@ from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.batches import Batch, BatchLine, BatchStatus, StoredLine
 from vidgen_ray.online.store.database import in_write_thread
-from vidgen_ray.online.store.jobs import LATE, Job, JobKind, JobState
+from vidgen_ray.online.store.jobs import LATE, Job, JobError, JobKind, JobState
 from vidgen_ray.online.uploads import json_object
 
 _POLL_S = 0.5
@@ -38,15 +38,12 @@ CHUNK_LINES, _CHUNK_BYTES = 1_000, 8 << 20
 """Most lines, and about the most bytes, that are read at once."""
 MAX_LINE_BYTES = 1 << 20
 MAX_LINES = 1_000_000
-FORMAT = "Send a JSON object a line, with custom_id, url and body."
+_FORMAT = "Send a JSON object a line, with custom_id, url and body."
 BOM = b"\xef\xbb\xbf"
-CANCELLED_LINE: dict[str, JsonValue] = {"code": "batch_cancelled", "message": "The batch was cancelled before this line ended."}
-EXPIRED_LINE: dict[str, JsonValue] = {
-    "code": "batch_expired",
-    "message": "The line did not start within the completion window. Send it again, perhaps with a longer one.",
-}
-DELETED_LINE: dict[str, JsonValue] = {"code": "deleted", "message": "The result was deleted before the batch ended."}
-AGAIN = "Create the batch again with another key: what is rendered is not rendered again."
+_CANCELLED_LINE = invalid(None, "The batch was cancelled before this line ended.", "batch_cancelled")
+_EXPIRED_LINE = invalid(None, "The line did not start within the completion window. Send it again.", "batch_expired")
+_DELETED_LINE = invalid(None, "The result was deleted before the batch ended.", "deleted")
+_KEY_REMOVED = invalid(None, "The key was removed or has expired. Create the batch again with another key.", "invalid_api_key")
 
 log = logging.getLogger("ray.serve")
 
@@ -75,30 +72,30 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
     tenant = server.auth.keys.by_id(batch.key_id)
     path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file)
     if batch.status != "cancelling" and tenant is None:
-        error: dict[str, JsonValue] = {"code": "invalid_api_key", "message": f"The key was removed or has expired. {AGAIN}"}
-        await in_write_thread(batches.cancel, batch, error)
+        await in_write_thread(batches.cancel, batch, _error(_KEY_REMOVED))
         return 0
     if path is None and time.time() < batch.expires_at:
         # Another machine has the file, unless it was deleted by hand.
         return pause_s
     if batch.status == "validating" and path is not None:
-        total, problem = await asyncio.to_thread(scan, path)
-        if problem is None:
+        try:
+            total = await asyncio.to_thread(_count_lines, path)
             await in_write_thread(batches.start, batch, total)
-        else:
+        except ApiError as refused:
+            problem = _error(refused)
             await in_write_thread(lambda: batches.end(batch, "failed", error=problem))
         return 0
     queued, in_progress = await asyncio.to_thread(batches.open_jobs, batch)
-    unread = CANCELLED_LINE if batch.status == "cancelling" else EXPIRED_LINE if time.time() > batch.expires_at else None
+    unread = _CANCELLED_LINE if batch.status == "cancelling" else _EXPIRED_LINE if time.time() > batch.expires_at else None
     limit = CHUNK_LINES if unread else max_queued - queued
-    chunk = await asyncio.to_thread(read_chunk, path, batch, limit) if path is not None and limit > 0 else Chunk([], limit <= 0)
-    if chunk.lines:
-        lines = [await _line(server, tenant, batch, *line, unread) for line in chunk.lines]
+    read = await asyncio.to_thread(_read_lines, path, batch, limit) if path is not None and limit > 0 else []
+    if read:
+        lines = [await _line(server, tenant, batch, *line, unread) for line in read]
         budgets = tenant.limits.budgets if tenant is not None else ()
         stored = await in_write_thread(batches.add, batch, lines, server.job_service.files_exist, budgets)
         server.job_service.jobs_changed()
         return 0 if stored else LOST_S
-    if chunk.has_more or queued or in_progress:
+    if queued or in_progress:
         return pause_s
     await in_write_thread(_finish, server, batch)
     return 0
@@ -121,34 +118,24 @@ def numbered_lines(file: BinaryIO, number: int) -> Iterator[tuple[int, bytes | N
             yield number, None if is_long else line
 
 
-def scan(path: Path) -> tuple[int, dict[str, JsonValue] | None]:
-    """Return the number of lines of an input file that are not blank, and an error if it cannot be one."""
+def _count_lines(path: Path) -> int:
+    """Return the number of lines of an input file that are not blank. Raises ApiError if it cannot be one."""
     total, is_jsonl = 0, False
     with path.open("rb") as file:
-        for total, (number, line) in enumerate(numbered_lines(file, 0), 1):
+        for number, line in numbered_lines(file, 0):
+            total += 1
             is_jsonl |= line is not None and line.lstrip().startswith(b"{")
             if number > MAX_LINES:
-                return total, {
-                    "code": "too_many_lines",
-                    "message": f"The input file has more than {MAX_LINES} lines. Divide it.",
-                }
+                raise invalid(None, f"The input file has more than {MAX_LINES} lines. Divide it.", "too_many_lines")
     if not total:
-        return 0, {"code": "empty_file", "message": f"The input file has no lines. {FORMAT}"}
+        raise invalid(None, f"The input file has no lines. {_FORMAT}", "empty_file")
     if not is_jsonl:
-        return total, {"code": "invalid_json", "message": f"The input file is not JSONL in UTF-8. {FORMAT}", "line": 1}
-    return total, None
+        raise invalid(None, f"The input file is not JSONL in UTF-8. {_FORMAT}", "invalid_json")
+    return total
 
 
-class Chunk(NamedTuple):
-    """Next lines of an input file."""
-
-    lines: list[tuple[int, int, bytes | None]]
-    """Number, bytes of the file up to the end of the line, and content: `None` if that is too long."""
-    has_more: bool
-
-
-def read_chunk(path: Path, batch: Batch, limit: int) -> Chunk:
-    """Read up to `limit` lines after those that are read."""
+def _read_lines(path: Path, batch: Batch, limit: int) -> list[tuple[int, int, bytes | None]]:
+    """Read up to `limit` lines after those that are read: number, bytes of the file up to the end of the line, and content."""
     lines: list[tuple[int, int, bytes | None]] = []
     with path.open("rb") as file:
         file.seek(batch.offset)
@@ -156,7 +143,7 @@ def read_chunk(path: Path, batch: Batch, limit: int) -> Chunk:
             lines.append((number, file.tell(), line))
             if len(lines) == limit or file.tell() - batch.offset > _CHUNK_BYTES:
                 break
-        return Chunk(lines, bool(lines))
+    return lines
 
 
 async def _line(
@@ -166,7 +153,7 @@ async def _line(
     number: int,
     offset: int,
     content: bytes | None,
-    unread: dict[str, JsonValue] | None,
+    unread: ApiError | None,
 ) -> BatchLine:
     """Return a line with its job, or with an error: `unread` if it is given."""
     custom_id = None
@@ -177,41 +164,44 @@ async def _line(
         given = fields.get("custom_id")
         custom_id = given if isinstance(given, str) and 0 < len(given) <= 512 and "\0" not in given else None
         if unread is not None or tenant is None:
-            return BatchLine(number, offset, custom_id, dict(unread or CANCELLED_LINE))
+            return BatchLine(number, offset, custom_id, _error(unread or _CANCELLED_LINE))
         request = BatchRequest.parse(fields)
         if request.url != batch.endpoint:
             raise invalid("url", f"got {request.url[:100]!r}, must be the endpoint of the batch, {batch.endpoint}")
         return BatchLine(number, offset, custom_id, await _job(server, tenant, batch, request.body))
     except ApiError as error:
-        return BatchLine(number, offset, custom_id, {"code": error.code, "message": error.message, "param": error.param})
+        return BatchLine(number, offset, custom_id, _error(error))
     except (SQLAlchemyError, OSError):
         raise
     # A bug must stop only its line.
     except Exception:
         log.exception("line %d of %s failed", number, batch.id)
-        return BatchLine(number, offset, custom_id, {"code": "internal_error", "message": "Internal server error."})
+        return BatchLine(number, offset, custom_id, _error(invalid(None, "Internal server error.", "internal_error")))
+
+
+def _error(error: ApiError | JobError) -> dict[str, JsonValue]:
+    return {"code": error.code, "message": error.message, "param": error.param}
 
 
 async def _job(server: ServerContext, tenant: Tenant, batch: Batch, body: Mapping[str, Any]) -> Job:
     """Return the job of the body of a line. Raises ApiError."""
     if batch.endpoint == "/v1/shots":
-        kind, (fields, returned), shots = JobKind.SHOT, fields_of_shot(server, body), 1
+        kind, (fields, returned) = JobKind.SHOT, fields_of_shot(server, body)
+        shots = [fields]
     elif batch.endpoint == "/v1/videos":
         video = CreateVideo.parse(body)
         kind, (fields, returned) = JobKind.VIDEO, await video_fields(server, tenant, video)
-        fields, *others = video.repeated(fields)
-        shots = 1 + len(others)
+        shots = video.repeated(fields)
     else:
         images = CreateImages.parse(body)
         if images.stream or (images.response_format != "url" and "response_format" in images.model_fields_set):
             name = "stream" if images.stream else "response_format"
             raise invalid(name, "is not supported in batches, whose output has the path of each image")
         kind, (fields, returned) = JobKind.IMAGE, await image_fields(server, tenant, images)
-        fields, *others = images.repeated(fields)
-        shots = 1 + len(others)
-    if shots > 1:
-        raise invalid("n", f"got {shots} results, must be 1 in a batch: send a line for each")
-    job = await in_write_thread(server.job_service.new_job, tenant, kind, {**fields, "priority": "low"}, returned)
+        shots = images.repeated(fields)
+    if len(shots) > 1:
+        raise invalid("n", f"got {len(shots)} results, must be 1 in a batch: send a line for each")
+    job = await in_write_thread(server.job_service.new_job, tenant, kind, {**shots[0], "priority": "low"}, returned)
     start_by = min(job.start_by or batch.expires_at, batch.expires_at)
     return job.model_copy(update={"batch": batch.id, "start_by": start_by})
 
@@ -223,7 +213,7 @@ def _finish(server: ServerContext, batch: Batch) -> None:
         while lines := server.store.batches.lines(batch, after, CHUNK_LINES):
             for line in lines:
                 error = _error_of(batch, line)
-                is_expired |= error is not None and error["code"] == EXPIRED_LINE["code"]
+                is_expired |= error is not None and error["code"] == _EXPIRED_LINE.code
                 completed += error is None
                 response = None if line.job is None or error is not None else _response(server, batch, line.job)
                 row: dict[str, Any] = {
@@ -249,15 +239,13 @@ def _error_of(batch: Batch, line: StoredLine) -> dict[str, JsonValue] | None:
     """Return why a line that has ended is not completed, or `None`."""
     job = line.job
     if job is None:
-        return line.error or DELETED_LINE
+        return line.error or _error(_DELETED_LINE)
     if job.state == JobState.COMPLETED:
         return None
     if job.state == JobState.CANCELLED:
-        return CANCELLED_LINE if batch.status == "cancelling" else CANCELLED.model_dump(include={"code", "message"})
+        return _error(_CANCELLED_LINE if batch.status == "cancelling" else CANCELLED)
     assert job.error is not None
-    if job.error.code == LATE.code and job.start_by == batch.expires_at:
-        return EXPIRED_LINE
-    return job.error.model_dump(include={"code", "message", "param"})
+    return _error(_EXPIRED_LINE if job.error.code == LATE.code and job.start_by == batch.expires_at else job.error)
 
 
 def _response(server: ServerContext, batch: Batch, job: Job) -> dict[str, JsonValue]:
