@@ -86,7 +86,7 @@ class Directors(RuleBasedStateMachine):
         self.over = dict.fromkeys(KEYS, 0.0)
         """Most that was spent beyond a budget when it or the window changed."""
         self.counted: dict[tuple[str, str], float] = {}
-        names = dict.fromkeys(("endpoint", "input_file", "completion_window"), "x")
+        names = dict.fromkeys(("endpoint", "input_file_id", "completion_window"), "x")
         batch = Batch(id="b", tenant="t", key_id="ada", metadata={}, created_at=0, expires_at=1e12, **names)
         self.stores[0].batches.create(batch)
         self.stores[0].batches.start(batch, 10**6)

@@ -586,7 +586,7 @@ def test_no_call_scans_a_table(database_url):
     """The store has many ended jobs, some queued ones, some in progress, and old and new idempotency keys."""
     store, statements = JobStore(database_url, retention_s=10 * time.time(), targets=lambda tenant: ["hook"]), []
     fill(store, STORED, QUEUED)
-    names = "key_id", "endpoint", "input_file", "completion_window"
+    names = "key_id", "endpoint", "input_file_id", "completion_window"
     store.batches.create(Batch(id="b", tenant="ada", metadata={}, created_at=0, expires_at=1, **dict.fromkeys(names, "x")))
     store.queue.claim("d", 3600, 5)
 

@@ -50,7 +50,7 @@ async def create_batch(
         tenant=tenant.name,
         key_id=tenant.key_id,
         endpoint=body.endpoint,
-        input_file=file,
+        input_file_id=file,
         completion_window=body.completion_window,
         metadata=body.metadata,
         created_at=now,

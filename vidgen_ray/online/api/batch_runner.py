@@ -70,7 +70,7 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
     """
     batches = server.store.batches
     tenant = server.auth.keys.by_id(batch.key_id)
-    path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file)
+    path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file_id)
     if batch.status != "cancelling" and tenant is None:
         await in_write_thread(batches.cancel, batch, _error(_KEY_REMOVED))
         return 0
@@ -226,7 +226,7 @@ def _finish(server: ServerContext, batch: Batch) -> None:
             total += len(lines)
             after = lines[-1].number
         files: dict[str, str] = {}
-        for name, file in (("output_file", output), ("error_file", errors)):
+        for name, file in (("output_file_id", output), ("error_file_id", errors)):
             if file.tell():
                 file.seek(0)
                 files[name] = server.job_service.uploads.add(batch.tenant, file, "batch_output").id

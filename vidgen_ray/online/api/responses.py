@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from vidgen_ray.graph import clip_growth, clip_length, file_sizes
 from vidgen_ray.licences import ShotLicences, UsedWeights
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import stored_licences
 from vidgen_ray.online.queue_estimate import JobEstimate
-from vidgen_ray.online.store.batches import Batch, BatchStatus, Counts
+from vidgen_ray.online.store.batches import Batch, BatchFields, Counts
 from vidgen_ray.online.store.budgets import BudgetState
 from vidgen_ray.online.store.inputs import Purpose, Upload
-from vidgen_ray.online.store.jobs import Job, JobError, JobState
+from vidgen_ray.online.store.jobs import Job, JobError, JobState, Timestamp
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import Priority
 
 CANCELLED = JobError(code="cancelled", message="The job was cancelled.", type="invalid_request_error")
 """Error of a cancelled video: clients of OpenAI's API only know `failed`."""
 JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
-Timestamp = Annotated[int, BeforeValidator(int)]
-"""Seconds since 1970."""
 
 
 class ErrorDetail(BaseModel):
@@ -200,8 +198,7 @@ class BatchProblem(BaseModel):
 
     code: str = Field(description="Stable code of the error, for example `empty_file`.")
     message: str = Field(description="Human-readable explanation.")
-    line: int | None = Field(None, description="Line of the input file.")
-    param: str | None = Field(None, description="Field of the line.")
+    param: str | None = Field(None, description="Always null.")
 
 
 class RequestCounts(BaseModel):
@@ -212,28 +209,16 @@ class RequestCounts(BaseModel):
     failed: int = Field(description="Lines that are invalid, failed or were cancelled.")
 
 
-class BatchResponse(BaseModel):
+class BatchResponse(BatchFields):
     """OpenAI's Batch. Times are in seconds since 1970."""
 
-    id: str = Field(description="Id of the batch.")
     object: Literal["batch"] = Field("batch", description="Type of this object.")
-    endpoint: str = Field(description="Route of all lines.")
-    input_file_id: str = Field(description="Id of the input file.")
-    completion_window: str = Field(description="As in the request.")
-    status: BatchStatus = Field(description="State of the batch.")
-    output_file_id: str | None = Field(description="File with the responses of completed lines. Null if there are none.")
-    error_file_id: str | None = Field(description="File with the errors of all other lines. Null if there are none.")
     errors: BatchProblems | None = Field(description="Why the batch failed, or was cancelled by the server.")
-    created_at: Timestamp = Field(description="Time of creation.")
-    in_progress_at: Timestamp | None = Field(description="Time at which the first lines were read.")
-    expires_at: Timestamp = Field(description="Time after which no line starts.")
-    cancelling_at: Timestamp | None = Field(description="Time at which it was cancelled.")
     completed_at: Timestamp | None = Field(None, description="Time at which all lines had ended.")
     failed_at: Timestamp | None = Field(None, description="Time at which the input file was refused.")
     expired_at: Timestamp | None = Field(None, description="Time at which it ended after `expires_at`.")
     cancelled_at: Timestamp | None = Field(None, description="Time at which a cancelled batch ended.")
     request_counts: RequestCounts = Field(description="Lines by state.")
-    metadata: dict[str, str] = Field(description="As in the request.")
 
 
 class UsageRow(BaseModel):
@@ -481,15 +466,6 @@ def budget_response(state: BudgetState) -> BudgetResponse:
 
 def batch_response(batch: Batch, counts: Counts) -> BatchResponse:
     """Return a batch as OpenAI's."""
-    ended = {"failed": "failed_at", "completed": "completed_at", "expired": "expired_at", "cancelled": "cancelled_at"}
-    return BatchResponse.model_validate(
-        {
-            **vars(batch),
-            **({ended[batch.status]: batch.ended_at} if batch.status in ended else {}),
-            "input_file_id": batch.input_file,
-            "output_file_id": batch.output_file,
-            "error_file_id": batch.error_file,
-            "errors": batch.error and {"data": [batch.error]},
-            "request_counts": {"total": batch.total, **counts._asdict()},
-        }
-    )
+    ended = {} if batch.ended_at is None else {f"{batch.status}_at": batch.ended_at}
+    errors, counted = batch.error and {"data": [batch.error]}, {"total": batch.total, **counts._asdict()}
+    return BatchResponse.model_validate({**vars(batch), **ended, "errors": errors, "request_counts": counted})

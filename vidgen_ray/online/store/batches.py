@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import JsonValue
+from pydantic import BaseModel, Field, JsonValue
 from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -13,30 +13,36 @@ from vidgen_ray.errors import StrictModel, VidgenError
 from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store.budgets import BudgetExceeded
 from vidgen_ray.online.store.database import BATCH_LINES, BATCHES, JOBS, Database, Transaction
-from vidgen_ray.online.store.jobs import IS_OPEN, Job, JobRows, JobState, job_of
+from vidgen_ray.online.store.jobs import IS_OPEN, Job, JobRows, JobState, Timestamp, job_of
 
 BatchStatus = Literal["validating", "failed", "in_progress", "completed", "expired", "cancelling", "cancelled"]
 IS_RUNNING = BATCHES.c.ended_at.is_(None)
 """Condition of batches that have not ended. The index of open batches is used only by queries that include it."""
 
 
-class Batch(StrictModel):
-    """Requests of a file of a tenant. Times are seconds since 1970."""
+class BatchFields(BaseModel):
+    """OpenAI's Batch, as far as it is stored. Times are in seconds since 1970."""
 
-    id: str
+    id: str = Field(description="Id of the batch.")
+    endpoint: str = Field(description="Route of all lines.")
+    input_file_id: str = Field(description="Id of the input file.")
+    completion_window: str = Field(description="As in the request.")
+    status: BatchStatus = Field("validating", description="State of the batch.")
+    output_file_id: str | None = Field(None, description="File with the responses of completed lines. Null if there are none.")
+    error_file_id: str | None = Field(None, description="File with the errors of all other lines. Null if there are none.")
+    created_at: Timestamp = Field(description="Time of creation.")
+    in_progress_at: Timestamp | None = Field(None, description="Time at which the first lines were read.")
+    expires_at: Timestamp = Field(description="Time after which no line starts.")
+    cancelling_at: Timestamp | None = Field(None, description="Time at which it was cancelled.")
+    metadata: dict[str, str] = Field(description="As in the request.")
+
+
+class Batch(BatchFields, StrictModel):
+    """Requests of a file of a tenant."""
+
     tenant: str
     key_id: str
     """Key that created the batch. Its limits apply to the lines."""
-    endpoint: str
-    input_file: str
-    """Id of the upload."""
-    completion_window: str
-    metadata: dict[str, str]
-    status: BatchStatus = "validating"
-    created_at: float
-    expires_at: float
-    in_progress_at: float | None = None
-    cancelling_at: float | None = None
     ended_at: float | None = None
     total: int = 0
     """Lines of the input file that are not blank."""
@@ -48,10 +54,8 @@ class Batch(StrictModel):
     """Number of the last line that is read."""
     offset: int = 0
     """Bytes of the input file that are read."""
-    output_file: str | None = None
-    error_file: str | None = None
     error: dict[str, JsonValue] | None = None
-    """Why the batch failed or was cancelled by the server: code, message, line and param."""
+    """Why the batch failed or was cancelled by the server: code, message and param."""
 
 
 class BatchLine(NamedTuple):
@@ -99,7 +103,7 @@ class Batches:
                 values = {**batch.model_dump(mode="json"), "seq": transaction.version}
                 transaction.connection.execute(insert(BATCHES).values(values))
                 return batch
-        same = {"endpoint", "input_file", "completion_window", "metadata"}
+        same = {"endpoint", "input_file_id", "completion_window", "metadata"}
         if (stored := _batch(row)).model_dump(include=same) != batch.model_dump(include=same):
             raise OtherBatch(batch.id)
         return stored
@@ -123,7 +127,7 @@ class Batches:
 
     def uses(self, tenant: str, file: str) -> bool:
         """Return whether a running batch reads this upload."""
-        own = BATCHES.c.tenant == tenant, BATCHES.c.input_file == file
+        own = BATCHES.c.tenant == tenant, BATCHES.c.input_file_id == file
         return bool(self._database.rows(select(BATCHES.c.id).where(IS_RUNNING, *own).limit(1)))
 
     def counts(self, batch: Batch) -> Counts:

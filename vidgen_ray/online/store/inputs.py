@@ -227,7 +227,7 @@ def _check_space(connection: Connection, tenant: str, size: int, max_bytes: int)
 
 def _is_needed(connection: Connection, tenant: str, upload_id: str, file: str) -> bool:
     """Return whether an upload is a photo of a character, the input of a running batch, or its file that of an open job."""
-    running = select(BATCHES.c.id).where(BATCHES.c.ended_at.is_(None), BATCHES.c.input_file == upload_id).limit(1)
+    running = select(BATCHES.c.id).where(BATCHES.c.ended_at.is_(None), BATCHES.c.input_file_id == upload_id).limit(1)
     if connection.execute(running).first() is not None:
         return True
     is_photo = cast(CHARACTERS.c.photos, Text).contains(upload_id)

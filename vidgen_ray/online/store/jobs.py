@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, JsonValue
+from pydantic import BeforeValidator, Field, JsonValue
 from sqlalchemy import ColumnElement, Connection, Row, Subquery, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -25,6 +25,10 @@ from vidgen_ray.system.files import ProcessId, this_process
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Form of ids of jobs. PostgreSQL refuses texts with a NUL."""
+
+
+Timestamp = Annotated[int, BeforeValidator(int)]
+"""Seconds since 1970."""
 
 
 class JobState(StrEnum):
