@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ SHOWN = ("prompt", "lora", "style_prompt")
 """Fields of their lines that are shown."""
 WIDTH_PX, HEIGHT_PX, BOX_PX = 832, 368, 248
 FRAME_MS, HOLD_FRAMES = 83, 12
+STILL_FRAME = 20
+"""Comes first, because some viewers show only one: the first clip."""
 FACE_BOX_PX = (132, 0, 340, 208)
 """Part of the photo that is enlarged."""
 SMALL_PX, SCALE = 92, 4
@@ -45,7 +48,9 @@ def main() -> int:
         parser.error(f"{demo}: has no index.html, must be the output folder of `make demo`")
     page = screenshot(demo / "index.html")
     page.crop((0, 0, page.width, 768)).save(IMAGES / "gallery.png", optimize=True)
-    first, *others = [*flow(demo), *gallery(page), *enlarged()]
+    frames = deque([*flow(demo), *gallery(page), *enlarged()])
+    frames.rotate(-STILL_FRAME)
+    first, *others = frames
     file = IMAGES / "front.webp"
     first.save(file, save_all=True, append_images=others, duration=FRAME_MS, loop=0, quality=QUALITY, method=6)
     if (size := file.stat().st_size) > LARGEST_BYTES:
