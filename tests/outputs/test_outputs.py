@@ -213,19 +213,32 @@ class TestManifest:
         assert table(outputs) == expected
         assert failures(outputs) == ["b"]
 
-    def test_rejections_are_dropped_when_the_script_is_read_to_its_end_again(self, outputs):
-        write(outputs, "r1", failed("r1", "s-line-7", REJECTED), failed("r1", "x", REJECTED, "other.jsonl"))
-        write(outputs, "r2", row("r2", "a"), whole_script=False)
-        assert set(table(outputs)) == {"a", "s-line-7", "x"}
-        assert sorted(failures(outputs)) == ["s-line-7", "x"]
-        write(outputs, "r3", row("r3", "a"))
-        assert set(table(outputs)) == {"a", "x"}
-        assert failures(outputs) == ["x"]
-
-    def test_line_replaces_its_row_under_another_id(self, outputs):
-        write(outputs, "r1", failed("r1", "s-line-1", REJECTED))
-        write(outputs, "r2", {"row": row("r2", "a", script="failures.jsonl"), "replaces": "s-line-1"}, script="failures.jsonl")
-        assert (set(table(outputs)), failures(outputs)) == ({"a"}, [])
+    @pytest.mark.parametrize(
+        ("options", "new_id", "gone", "replaced"),
+        [
+            ({"whole_script": False}, "new", set(), set()),
+            ({}, "new", {"typo"}, set()),
+            ({"every_line_has_a_row": True}, "new", {"typo", "failed"}, {"done", "failed-again"}),
+            ({"every_line_has_a_row": True}, "done", {"typo", "failed"}, {"failed-again"}),
+            ({"replaces": "failed"}, "new", {"typo", "failed"}, set()),
+            ({"script": "z.jsonl", "every_line_has_a_row": True}, "new", set(), set()),
+            ({"script": "z.jsonl"}, "done", set(), set()),
+        ],
+        ids=["interrupted", "a line is rejected", "removed lines", "line again", "corrected line", "other script", "its id"],
+    )
+    def test_fate_of_the_rows_of_earlier_runs(self, outputs, options, new_id, gone, replaced):
+        (outputs.root / shot_path("failed-again")).mkdir(parents=True)
+        lines = {"done": "done", "failed": "failed", "failed-again": "failed", "typo": "failed", "other": "failed"}
+        entries = [
+            failed("r1", id_, script="other.jsonl" if id_ == "other" else "s.jsonl")
+            for id_ in ("failed", "failed-again", "other")
+        ]
+        write(outputs, "r1", row("r1", "done"), failed("r1", "typo", REJECTED), *entries)
+        script, replaces = options.pop("script", "s.jsonl"), options.pop("replaces", None)
+        write(outputs, "r2", {"row": row("r2", new_id, script=script), "replaces": replaces}, script=script, **options)
+        expected = {id_: ("r1", "replaced" if id_ in replaced else status) for id_, status in lines.items() if id_ not in gone}
+        assert table(outputs) == {**expected, new_id: ("r2", "done")}
+        assert set(failures(outputs)) == {id_ for id_, (_, status) in expected.items() if status == "failed" and id_ != new_id}
 
     @pytest.mark.parametrize("operation", ["delete", "new_file"])
     def test_next_run_repeats_an_interrupted_merge(self, tmp_path, monkeypatch, operation):
@@ -424,7 +437,7 @@ def test_documented_line_reads_the_finished_shots_of_several_runs(out, library):
 def test_columns_are_pinned():
     """A new column changes only the digest. A column that is renamed, removed or of another type needs a new version, too."""
     columns = "\n".join(sorted(f"{field.name} {field.type}" for field in SCHEMA))
-    assert (VERSION, sha256(columns.encode()).hexdigest()[:16]) == (1, "02040a0e5aa66c6d")
+    assert (VERSION, sha256(columns.encode()).hexdigest()[:16]) == (1, "aa3d5e46172155a7")
 
 
 def test_every_setting_of_a_shot_is_a_typed_column(out):

@@ -1,4 +1,4 @@
-"""Manifest `manifest/*.parquet`: one row per script line with its result; and the finished shots, found from their rows.
+"""Manifest `manifest/*.parquet`: a row per shot, see `fate_of_rows`; and the finished shots, found from their rows.
 
 The row of a finished shot counts if its key is that of the plan and it still holds. Otherwise the record of the shot decides.
 On a disk, a row holds if `shot.json` has its time and the files have their sizes. In an object store that would take a request

@@ -150,7 +150,7 @@ class ManifestWriter:
     def close(
         self, *, whole_script: bool = True, every_line_has_a_row: bool = False, every_shot_has_a_row: bool = True
     ) -> list[str]:
-        """Merge this run with earlier ones: one row per id in `manifest/`, and only unresolved lines in `failures.jsonl`.
+        """Merge this run with earlier ones: `manifest/` as `fate_of_rows` says, and only unresolved lines in `failures.jsonl`.
 
         Return the paths of damaged files, which were renamed so that the folder can be read as one table.
 
@@ -181,10 +181,17 @@ class ManifestWriter:
                 continue
             file, index = indexed
             if not is_own:
-                file = _without_replaced(file, index, replaced_ids)
-                if whole_script:
-                    file = _without_removed_lines(self._storage, file, index, self._script, every_line_has_a_row)
-            failed = index.filter(pyarrow.array(file.current & _is(index, "status", "failed")))
+                file = fate_of_rows(
+                    self._storage,
+                    file,
+                    index,
+                    self._script,
+                    replaced_ids,
+                    whole_script=whole_script,
+                    every_line_has_a_row=every_line_has_a_row,
+                )
+            is_failed = file.current & _is(index, "status", "failed")
+            failed = index.filter(pyarrow.array(is_failed if file.replaced is None else is_failed & ~file.replaced))
             failures.update(zip(failed.column("run").to_pylist(), failed.column("id").to_pylist(), strict=True))
             finished_runs |= _finished_runs(file, index)
             if is_own or _needs_merge(file):
@@ -246,29 +253,39 @@ def _is(index: pyarrow.Table, name: str, *values: str) -> NDArray[np.bool_]:
     return np.array(column.to_pylist(), bool)  # `to_numpy` imports pandas
 
 
-def _without_replaced(file: ManifestFile, index: pyarrow.Table, replaced_ids: set[str]) -> ManifestFile:
-    """Return the file without rows of replaced ids."""
-    return file._replace(current=file.current & ~_is(index, "id", *replaced_ids)) if replaced_ids else file
-
-
-def _without_removed_lines(
-    storage: Storage, file: ManifestFile, index: pyarrow.Table, script: str, every_line_has_a_row: bool
+def fate_of_rows(
+    storage: Storage,
+    file: ManifestFile,
+    index: pyarrow.Table,
+    script: str,
+    replaced_ids: set[str],
+    *,
+    whole_script: bool,
+    every_line_has_a_row: bool,
 ) -> ManifestFile:
-    """Return the file without rows of failed lines that the script does not have any more, or has corrected.
+    """Return which rows of an earlier run stay, and which become `replaced`, when a run of `script` ends.
 
-    With `every_line_has_a_row`, its other rows, and those of failed lines with files of an earlier render, become replaced.
-    Otherwise only rejections are known to be outdated, and those with such files are kept.
+    The rule: **a shot has one row, of the last run that read its line.** `read_index` has already left out rows whose id has a
+    later one, in any script. Of the others only these change:
+
+    - Rows with an id of `replaced_ids`, which the shots of this run had before: no row.
+    - With `whole_script`, rejected lines of the script that it has corrected or does not have any more: no row.
+    - With `every_line_has_a_row`, failed lines that the script does not have any more: no row; its finished shots: `replaced`.
+
+    Failed lines with files of an earlier run are treated as finished shots: `gc` and `prune` find the files by the row. Lines
+    after those that an interrupted run has read keep their rows. Rows of damaged files are lost, see `ManifestWriter.close`.
     """
-    gone = file.current & _is(index, "script", script)
+    current = file.current & ~_is(index, "id", *replaced_ids) if replaced_ids else file.current
+    gone = current & _is(index, "script", script) if whole_script else np.zeros(len(current), bool)
     if not every_line_has_a_row:
         gone &= _is(index, "failure_stage", REJECTED)
     if not gone.any():
-        return file
+        return file._replace(current=current)
     failed = gone & _is(index, "status", "failed")
     failed[failed] = ~_have_files(storage, index.column("id").filter(pyarrow.array(failed)).to_pylist())
     # Rows that are replaced already need no rewriting.
     replaced = gone & ~_is(index, "status", REPLACED) if every_line_has_a_row else None
-    return file._replace(current=file.current & ~failed, replaced=replaced)
+    return file._replace(current=current & ~failed, replaced=replaced)
 
 
 def _have_files(storage: Storage, ids: Sequence[str]) -> NDArray[np.bool_]:
