@@ -1,7 +1,8 @@
 """Time of each phase of `vidgen render` of one more line, and CPU time of short commands: `python benchmarks/start.py`.
 
 Renders a line with the profile `demo` into a folder that has one already, several times, each in a new process. Prints the
-median seconds of each phase, and the smallest CPU seconds of the commands, as a JSON object.
+median seconds of each phase, and the smallest CPU seconds of the commands and of a worker with stages that do nothing until it
+is ready, as a JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PHASES = ("imports", "plan", "start Ray", "start a worker, load", "render", "stop", "gallery")
-COMMANDS = ("--version", "--help", "validate s.jsonl", "plan s.jsonl", "shot ball -p demo -o shot")
+COMMANDS = ("--version", "--help", "validate s.jsonl", "plan s.jsonl", "shot ball -p demo -o shot-NUMBER")
 LINE = {"prompt": "a portrait of a person in a blue shirt by the sea on a sunny day"}
 
 
@@ -48,6 +49,7 @@ def main() -> None:
                 raise SystemExit(f"run {number} failed:\n{result.stdout}{result.stderr}")
             runs.append(json.loads(result.stderr.splitlines()[-1]))
         cpu_s = {f"vidgen {words}": round(cpu_seconds(words, folder, arguments.repeats), 2) for words in COMMANDS}
+        cpu_s["worker"] = round(min(worker_cpu_seconds(Path(folder), arguments.repeats)), 2)
     medians = {phase: round(statistics.median(run[phase] for run in runs[1:]), 2) for phase in (*PHASES, "total")}
     sys.stdout.write(json.dumps({**medians, "cpu_s": cpu_s}, indent=1) + "\n")
 
@@ -55,11 +57,11 @@ def main() -> None:
 def cpu_seconds(words: str, folder: str, repeats: int) -> float:
     """Return the smallest CPU seconds of a command and its processes. They vary less than its time."""
     used = []
-    for _ in range(repeats):
+    for number in range(repeats):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run(
-            [sys.executable, "-m", "vidgen_ray", *words.split()],
+            [sys.executable, "-m", "vidgen_ray", *words.replace("NUMBER", str(number)).split()],
             cwd=folder,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -68,6 +70,31 @@ def cpu_seconds(words: str, folder: str, repeats: int) -> float:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(used)
+
+
+def worker_cpu_seconds(folder: Path, repeats: int) -> list[float]:
+    """Return the CPU seconds of new workers until they are ready."""
+    import psutil
+    import ray
+
+    from benchmarks.local_ray import ENVIRONMENT, local_ray
+    from benchmarks.noop_stages import STAGES, noop_profile
+    from vidgen_ray.engine.config import EngineConfig
+    from vidgen_ray.engine.worker import worker_class
+    from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.planner.layout import WorkerSpec
+
+    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT))
+    config = EngineConfig("start", noop_profile(folder, 1), OutputFolder(folder / "out"), STAGES)
+    used = []
+    with local_ray(0):
+        for _ in range(repeats):
+            worker = worker_class().remote(config, WorkerSpec(tuple(STAGES), 0.5, 0.0))
+            ray.get(worker.load.remote())
+            times = psutil.Process(ray.get(worker.place.remote()).pid).cpu_times()
+            used.append(times.user + times.system)
+            ray.kill(worker)
+    return used
 
 
 def measure(started: float) -> dict[str, float]:

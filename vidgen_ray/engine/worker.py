@@ -220,7 +220,8 @@ class Worker:
                 stage.close()
             if self._group is not None:
                 self._group.stop()
-            free_gpu_memory()
+            if self._spec.gpus:
+                free_gpu_memory()
             self._loaded.close()
 
     def _execute(
