@@ -243,8 +243,8 @@ def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
 
 def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
     """Run the network with the settings of one worker, without decoding and encoding: the speed of light of `vidgen-1`."""
-    from vidgen_ray.upscale.job import upscale_frames
     from vidgen_ray.upscale.network import DEFAULT_NETWORK, UpscaleNetwork, choose_settings, find_model
+    from vidgen_ray.upscale.segments import upscale_frames
 
     model = find_model(DEFAULT_NETWORK)
     settings = choose_settings(model, "cpu", 1)

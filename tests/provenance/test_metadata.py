@@ -347,7 +347,7 @@ NOT_MARKED = {
     "media/encode.py": "the encoder itself",
     "outputs/stage_cache.py": "results of stages, whose digests are keys",
     "upscale/frames.py": "segments, which are joined to a marked video",
-    "upscale/job.py": "segments, which are joined to a marked video",
+    "upscale/segments.py": "segments, which are joined to a marked video",
     "film/sound.py": "sound",
     "online/api/input_routes.py": "photo of a character, from the user's video",
     "online/previews.py": "previews while a shot is rendered",

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidgen_ray.upscale import job as job_module
+from vidgen_ray.upscale import segments as job_module
 from vidgen_ray.upscale.frames import EncodeSettings
-from vidgen_ray.upscale.job import Threads
 from vidgen_ray.upscale.network import EngineSettings, UpscaleModel
 from vidgen_ray.upscale.run import UpscaleOptions, UpscaleReport, upscale_file
+from vidgen_ray.upscale.segments import Threads
 
 FAST = EncodeSettings(crf=10, preset="ultrafast", threads=1)
 SETTINGS = EngineSettings(threads=1)

@@ -12,7 +12,6 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, forward
 from vidgen_ray.upscale import network as network_module
 from vidgen_ray.upscale import run
-from vidgen_ray.upscale.job import upscale_frames
 from vidgen_ray.upscale.network import (
     EngineSettings,
     UpscaleModel,
@@ -26,6 +25,7 @@ from vidgen_ray.upscale.network import (
     settings_for,
     tile_overlap_px,
 )
+from vidgen_ray.upscale.segments import upscale_frames
 from vidgen_ray.upscale.source import read_source
 
 BASE = EngineSettings(threads=1)

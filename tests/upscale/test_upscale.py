@@ -18,11 +18,11 @@ from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
 from vidgen_ray.provenance.signing import create_signing_key, read_signature, sign_file
 from vidgen_ray.system.cache_dir import sha256_of
-from vidgen_ray.upscale import job as job_module
+from vidgen_ray.upscale import segments as job_module
 from vidgen_ray.upscale.frames import FrameInterpolator, FrameReader, interpolated, write_segment
-from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker
 from vidgen_ray.upscale.network import UpscaleNetwork
 from vidgen_ray.upscale.run import UpscaleOptions
+from vidgen_ray.upscale.segments import SegmentFailed, SegmentWorker
 from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
 
 

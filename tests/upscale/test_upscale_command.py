@@ -15,7 +15,7 @@ from tests.upscale.conftest import SETTINGS, compact
 from tests.upscale.videos import decoded, packets, write_video
 from vidgen_ray.cli import main
 from vidgen_ray.system.cache_dir import sha256_of
-from vidgen_ray.upscale import job, ray_runner
+from vidgen_ray.upscale import ray_runner
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale import upscale_command as command
 from vidgen_ray.upscale.network import EngineSettings

@@ -24,7 +24,7 @@ from vidgen_ray.media.media_file import (
 )
 from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.frames import Codec
-from vidgen_ray.upscale.job import UpscaleJob
+from vidgen_ray.upscale.segments import UpscaleJob
 from vidgen_ray.upscale.source import FrameTimes, VideoSource
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}

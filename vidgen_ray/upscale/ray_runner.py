@@ -17,8 +17,8 @@ import ray
 from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.errors import SetupError, VidgenError, first_line
 from vidgen_ray.system.files import write_atomically
-from vidgen_ray.upscale.job import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
 from vidgen_ray.upscale.network import EngineSettings, UpscaleModel, choose_settings
+from vidgen_ray.upscale.segments import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
 
 ATTEMPTS_OF_REFUSED = 2
 """Attempts for a segment whose file or weights are refused with an error for the user."""

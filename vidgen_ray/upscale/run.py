@@ -34,7 +34,6 @@ from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
 from vidgen_ray.upscale.frames import INTERPOLATOR, EncodeSettings, FrameReader, Pixels, write_segment
-from vidgen_ray.upscale.job import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
 from vidgen_ray.upscale.network import (
     DEFAULT_SHOT,
@@ -45,6 +44,7 @@ from vidgen_ray.upscale.network import (
     choose_settings,
     settings_for,
 )
+from vidgen_ray.upscale.segments import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.source import VideoSource, read_source, timeline_of
 from vidgen_ray.weights import resolve
 

@@ -28,7 +28,6 @@ from vidgen_ray.profile import DEFAULT_PROVENANCE
 from vidgen_ray.system.console import Console
 from vidgen_ray.system.quantities import duration
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
-from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import (
     BUILTIN_MODELS,
@@ -49,6 +48,7 @@ from vidgen_ray.upscale.run import (
     upscale_file,
     write_preview,
 )
+from vidgen_ray.upscale.segments import SegmentFailed, Threads
 from vidgen_ray.upscale.source import read_source, timeline_of
 
 _SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
