@@ -15,7 +15,7 @@ from tests.upscale.conftest import SETTINGS, compact
 from tests.upscale.videos import decoded, packets, write_video
 from vidgen_ray.cli import main
 from vidgen_ray.system.cache_dir import sha256_of
-from vidgen_ray.upscale import ray_runner
+from vidgen_ray.upscale import ray_runner, segments
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale import upscale_command as command
 from vidgen_ray.upscale.network import EngineSettings
@@ -110,7 +110,7 @@ def command_in_a_fork(segment_frames, words):
     """Run the command with the tiny network in segments of this many frames, and write the peak memory of its process."""
     command.choose_settings = lambda model, device, workers: SETTINGS
     if segment_frames is not None:
-        job.MAX_SEGMENT_FRAMES = job.MIN_SEGMENT_FRAMES = segment_frames
+        segments.MAX_SEGMENT_FRAMES = segments.MIN_SEGMENT_FRAMES = segment_frames
     code = main(["upscale", *words.split(), *NETWORK, "tiny.safetensors"])
     Path("peak_mb").write_text(str(forked.peak_mb()))
     return code
@@ -199,11 +199,11 @@ def test_on_ray_the_file_has_the_same_bytes(run, tmp_path, monkeypatch):
     marker = tmp_path / "failed once"
     make = ray_runner.make_segment
 
-    def crashing_once(run_id, job, segment):
+    def crashing_once(run_id, target, segment):
         if segment.number == 3 and not marker.exists():
             marker.write_text("")
             os._exit(1)
-        return make(run_id, job, segment)
+        return make(run_id, target, segment)
 
     monkeypatch.setattr(ray_runner, "make_segment", crashing_once)
     words = f"{tmp_path}/in.mp4 -o {tmp_path}/ray.mp4 --address auto --workers 2"

@@ -24,7 +24,7 @@ from vidgen_ray.media.media_file import (
 )
 from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.frames import Codec
-from vidgen_ray.upscale.segments import UpscaleJob
+from vidgen_ray.upscale.segments import UpscaleTarget
 from vidgen_ray.upscale.source import FrameTimes, VideoSource
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -68,7 +68,7 @@ def plan_copies(source: VideoSource, suffix: str) -> tuple[list[int], list[str]]
 def join_segments(
     path: Path,
     segments: Sequence[Path],
-    job: UpscaleJob,
+    target: UpscaleTarget,
     kept: Sequence[int],
     metadata: FileMetadata | None,
     sign: Callable[[Path], None],
@@ -76,10 +76,10 @@ def join_segments(
     """Write the video to `path`, which appears when it is complete.
 
     `sign` signs the finished file in place.
-    Every frame gets its time in the job's timeline. `kept` are indices of streams that are copied packet by packet.
+    Every frame gets its time in the target's timeline. `kept` are indices of streams that are copied packet by packet.
     Raises MediaError if the segments do not have the frames of the source, WriteError if the file cannot be written.
     """
-    source, timeline, codec = job.source, job.timeline, job.encode.codec
+    source, timeline, codec = target.source, target.timeline, target.encode.codec
     file_format = FORMATS[path.suffix.lower()]
     options = {"fflags": "+bitexact"}
     with wrap_write_errors(path), new_file(path) as tmp:

@@ -18,7 +18,7 @@ from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.errors import SetupError, VidgenError, first_line
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.network import EngineSettings, UpscaleModel, choose_settings
-from vidgen_ray.upscale.segments import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
+from vidgen_ray.upscale.segments import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleTarget
 
 ATTEMPTS_OF_REFUSED = 2
 """Attempts for a segment whose file or weights are refused with an error for the user."""
@@ -27,14 +27,14 @@ _worker: tuple[str, SegmentWorker] | None = None
 """Id of the run, and the worker with the loaded network that this process keeps for its next segment."""
 
 
-def make_segment(run_id: str, job: UpscaleJob, segment: Segment) -> bytes | Exception:
+def make_segment(run_id: str, target: UpscaleTarget, segment: Segment) -> bytes | Exception:
     """Return the file of a segment, or the error. Raising it would wrap it in one of Ray."""
     global _worker
     try:
         if _worker is None or _worker[0] != run_id:
             if _worker is not None:
                 _worker[1].close()
-            _worker = run_id, SegmentWorker(job)
+            _worker = run_id, SegmentWorker(target)
         with tempfile.TemporaryDirectory(prefix="vidgen-upscale-") as folder:
             path = Path(folder) / segment.file_name
             _worker[1].write(segment, path, lambda: None)
@@ -62,28 +62,30 @@ class RayRunner:
         self._on_wait = on_wait
         self._check_interrupt = check_interrupt
 
-    def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
+    def __call__(
+        self, target: UpscaleTarget, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]
+    ) -> None:
         """Write the files of the segments to the folder. `on_frame` is called for all frames of a segment at its end.
 
         Ray repeats a task after a crash or the loss of its node, and a task that returns an error is tried again. Raises
         SegmentFailed, and what `check_interrupt` raises.
         """
-        needed = _resources(job.settings)
+        needed = _resources(target.settings)
         named = f"{needed['CPU']} CPUs" + (" and a GPU" if "GPU" in needed else "")
-        if not (slots := cluster_slots(job.settings)):
+        if not (slots := cluster_slots(target.settings)):
             raise SetupError(f"no node of the cluster has {named}")
         if any(ray.available_resources().get(kind, 0) < amount for kind, amount in needed.items()):
             self._on_wait(f"waiting for the cluster: each segment needs {named}")
         # max_calls=0: the process keeps its network, also on a GPU.
         options = {"max_calls": 0, "max_retries": ATTEMPTS - 1, "scheduling_strategy": "SPREAD"}
         task: Any = ray.remote(num_cpus=needed["CPU"], num_gpus=needed.get("GPU", 0), **options)(make_segment)
-        run_id, shared_job = uuid.uuid4().hex, ray.put(job)
+        run_id, shared_target = uuid.uuid4().hex, ray.put(target)
         waiting, running, failures = deque(segments), dict[Any, Segment](), Counter[Segment]()
         try:
             while waiting or running:
                 while waiting and len(running) < (self._max_tasks or slots):
                     segment = waiting.popleft()
-                    running[task.remote(run_id, shared_job, segment)] = segment
+                    running[task.remote(run_id, shared_target, segment)] = segment
                 self._check_interrupt()
                 for reference in ray.wait([*running], timeout=CHECK_S)[0]:
                     segment = running.pop(reference)

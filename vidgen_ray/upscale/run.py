@@ -44,7 +44,7 @@ from vidgen_ray.upscale.network import (
     choose_settings,
     settings_for,
 )
-from vidgen_ray.upscale.segments import Segment, SegmentFailed, Threads, UpscaleJob, fitted, scaled, upscale_frames
+from vidgen_ray.upscale.segments import Segment, SegmentFailed, Threads, UpscaleTarget, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.source import VideoSource, read_source, timeline_of
 from vidgen_ray.weights import resolve
 
@@ -60,7 +60,9 @@ class SegmentRunner(Protocol):
     workers: int
     """Segments that are made on one machine at the same time. They share its memory."""
 
-    def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
+    def __call__(
+        self, target: UpscaleTarget, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]
+    ) -> None:
         """Write the file of each segment to the folder. Calls `on_frame` for each upscaled frame.
 
         Raises SegmentFailed for the first segment that fails, and errors of loading the network.
@@ -198,8 +200,8 @@ def upscale_file(
         for path in abandoned(work):
             remove(path)
         label, shot = options.provenance.label, options.shot
-        job = UpscaleJob(source, options.model, size, options.encode, plan.settings, options.fps, label, shot)
-        segments = job.segments
+        target = UpscaleTarget(source, options.model, size, options.encode, plan.settings, options.fps, label, shot)
+        segments = target.segments
         missing = [segment for segment in segments if not (work / segment.file_name).exists()]
         total = len(timeline.times)
         resumed = total - sum(segment.stop - segment.start for segment in missing)
@@ -212,7 +214,7 @@ def upscale_file(
 
         on_progress(resumed, total, 0)
         if missing:
-            runner(job, missing, work, count)
+            runner(target, missing, work, count)
         provenance = options.record(video)
         made_segments = [work / segment.file_name for segment in segments]
 
@@ -220,7 +222,7 @@ def upscale_file(
             sign_result(file, provenance, options.provenance, video)
 
         metadata = metadata_of(provenance)
-        join_segments(out, made_segments, job, kept, metadata, sign)
+        join_segments(out, made_segments, target, kept, metadata, sign)
         write_atomically(record, plan.model_copy(update={"finished": _version(out)}).model_dump_json())
         remove(work)
     finally:

@@ -72,8 +72,8 @@ class SegmentFailed(Exception):
 
 
 @dataclass(frozen=True)
-class UpscaleJob:
-    """Everything that decides the pixels of an upscaled video. Two workers with the same job make the same files."""
+class UpscaleTarget:
+    """Everything that decides the pixels of an upscaled video. Two workers with the same target make the same files."""
 
     source: VideoSource
     model: UpscaleModel | None
@@ -125,27 +125,29 @@ def _even(value: float) -> int:
 
 
 class SegmentWorker:
-    """Makes segments of one job. Holds a network and an open source.
+    """Makes segments of one target. Holds a network and an open source.
 
     Two threads may write segments: the frames of one are computed while the encoder of the other one finishes.
     """
 
-    def __init__(self, job: UpscaleJob) -> None:
+    def __init__(self, target: UpscaleTarget) -> None:
         """Load the network. Raises StageError or SetupError."""
-        self._job = job
-        self._network = None if job.model is None else UpscaleNetwork(job.model, job.settings, job.size, job.shot)
-        self._reader = FrameReader(job.source)
+        self._target = target
+        self._network = (
+            None if target.model is None else UpscaleNetwork(target.model, target.settings, target.size, target.shot)
+        )
+        self._reader = FrameReader(target.source)
         self._computing = threading.Lock()
         # As many threads as a call of the network: further ones would wait for the CPUs of the calls at the same time.
-        threads = job.settings.threads_per_call
-        self._interpolator = None if job.fps is None else FrameInterpolator(job.settings.device, threads)
+        threads = target.settings.threads_per_call
+        self._interpolator = None if target.fps is None else FrameInterpolator(target.settings.device, threads)
 
     def write(self, segment: Segment, path: Path, on_frame: Callable[[], None]) -> None:
         """Write the file of a segment. `on_frame` is called after each frame, and ends the work if it raises.
 
         Raises MediaError, StageError, and what `on_frame` raises. Decoder, network and encoder run at the same time.
         """
-        job = self._job
+        target = self._target
 
         def computed() -> Generator[Pixels, None, None]:
             with (
@@ -154,18 +156,18 @@ class SegmentWorker:
                 closing(upscale_frames(decoded, self._network)) as upscaled,
             ):
                 for pixels in upscaled:
-                    yield pixels if job.label is None else labelled(pixels[None], job.label)[0]
+                    yield pixels if target.label is None else labelled(pixels[None], target.label)[0]
                     on_frame()
 
         with new_file(path) as tmp, closing(computed()) as frames:
             count = segment.stop - segment.start
-            write_segment(tmp, frames, count, job.size, job.timeline.fps, job.source, job.encode)
+            write_segment(tmp, frames, count, target.size, target.timeline.fps, target.source, target.encode)
 
     def _source_frames(self, segment: Segment) -> Iterator[Pixels]:
         """Return the frames of a segment before they are upscaled."""
         if self._interpolator is None:
             return self._reader.read(segment.start, segment.stop)
-        wanted = places(self._job.source, self._job.timeline, segment.start, segment.stop)
+        wanted = places(self._target.source, self._target.timeline, segment.start, segment.stop)
         last = wanted[-1]
         frames = self._reader.read(wanted[0].frame, last.frame + (2 if last.share else 1))
         return interpolated(frames, wanted, self._interpolator)
@@ -234,7 +236,9 @@ class Threads:
         self.workers = workers
         self._check_interrupt = check_interrupt
 
-    def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
+    def __call__(
+        self, target: UpscaleTarget, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]
+    ) -> None:
         """Write the files of the segments to the folder.
 
         Raises SegmentFailed for the first one that fails, and what `check_interrupt` raises.
@@ -263,7 +267,7 @@ class Threads:
                     stop.set()
 
         with ExitStack() as opened:
-            workers = [opened.enter_context(closing(SegmentWorker(job))) for _ in range(min(self.workers, len(segments)))]
+            workers = [opened.enter_context(closing(SegmentWorker(target))) for _ in range(min(self.workers, len(segments)))]
             # Two threads per worker: the second one computes while the encoder of the first one finishes.
             threads = (workers * 2)[: len(segments)]
             # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends.
