@@ -1,5 +1,6 @@
 """Documentation: links resolve, named modules exist, commands have the documented options, plans the documented numbers."""
 
+import ast
 import json
 import pkgutil
 import re
@@ -14,6 +15,7 @@ from PIL import Image
 
 from benchmarks import memory_report, rivals
 from tests.conftest import ASTRONAUT, SYNTHETIC
+from tools.check_names import defined_names
 from vidgen_ray.cli.app import app, run_command
 from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
@@ -31,6 +33,12 @@ def test_generated_tables_are_current():
 def test_names_in_the_reference_exist():
     for name in re.findall(r"\.\. auto\w+:: (\S+)", (ROOT / "docs" / "reference.md").read_text()):
         pkgutil.resolve_name(name)
+
+
+def test_names_in_the_glossary_are_those_of_the_code():
+    defined = {name for path in (ROOT / "vidgen_ray").rglob("*.py") for name in defined_names(ast.parse(path.read_text()))}
+    named = [cell.split("|")[-2] for cell in (ROOT / "docs" / "glossary.md").read_text().splitlines() if cell.startswith("|")]
+    assert {name for cell in named for name in re.findall(r"`(\w+)`", cell)} <= defined
 
 
 def test_relative_links_resolve():
