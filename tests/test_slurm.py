@@ -352,11 +352,15 @@ def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monke
     assert "No such option: --scael" in error("--gpus", "2xH100", "--scael", "3")
     assert "there is no sbatch here: use a login node" in error("--gpus", "2xH100", "--submit")
     fake("sinfo", "(null)")
+    fake("sbatch", "")
+    assert "this Slurm offers no GPUs" in error("--gpus", "2xH100", "--submit")
     assert "this Slurm offers no GPUs" in error("--gpus", "2xH100")
+    fake("sinfo", "Unable to contact slurm controller", 1)
+    assert "sinfo failed: Unable to contact slurm controller" in error("--gpus", "2xH100")
     fake("sinfo", "gpu:nvidia_h100_80gb_hbm3:8(S:0-1),shard:8")
     fake("sbatch", "sbatch: error: invalid partition specified: gpu", 1)
     assert "sbatch failed: sbatch: error: invalid partition" in error("--gpus", "2xH100", "--submit", "--partition", "gpu")
-    assert [code for code, _ in shown] == [2, 2, 2, 4, 4, 4]
+    assert [code for code, _ in shown] == [2, 2, 2, 4, 4, 0, 0, 4]
     options = ["--gpus", "2x8xH100", "--grace", "99.5"]
     assert run_command(["slurm", str(script), "-o", str(tmp_path / "new"), *options]) == 0
     printed, warned = capsys.readouterr()

@@ -80,6 +80,14 @@ def command(
     words = ["vidgen", "render", str(script.absolute()), "--out", out if URL.match(out) else str(folder), "--profile", profile]
     words += ctx.args
     grace_s = ceil(_checked_render(words[2:])["grace_s"])
+    gpus_per_node = str(len(cluster.nodes[0].gpus))
+    if shutil.which("sinfo"):
+        try:
+            gpus_per_node = _gres(cluster, partition)
+        except SetupError as error:
+            if submit:
+                raise
+            typer.echo(f"vidgen: {error}", err=True)
     settings = {
         "job-name": f"vidgen-{re.sub('[^A-Za-z0-9._-]', '-', script.stem)}",
         "partition": partition,
@@ -88,7 +96,7 @@ def command(
         "array": f"1-{len(cluster.nodes)}" if array else None,
         "nodes": 1 if array else len(cluster.nodes),
         "ntasks-per-node": 1,
-        "gpus-per-node": _gres(cluster, partition) if shutil.which("sinfo") else str(len(cluster.nodes[0].gpus)),
+        "gpus-per-node": gpus_per_node,
         "cpus-per-gpu": cpus_per_gpu,
         "signal": f"B:USR1@{grace_s + END_S}",
         "output": f"{folder}/".replace("%", "%%") + ("slurm-%A_%a.log" if array else "slurm-%j.log"),
