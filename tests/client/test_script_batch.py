@@ -1,5 +1,6 @@
 """`vidgen render --to`: a script as a batch of a server, its clips and manifest, and batches of the client."""
 
+import asyncio
 import json
 
 import pytest
@@ -36,9 +37,9 @@ def test_script_is_rendered_by_a_server_with_the_content_keys_of_a_run_here(serv
     script.write_text("".join(json.dumps(each) + "\n" for each in [*lines, {"prompt": "a", **face}, {"prompt": "x", "fps": 0}]))
     monkeypatch.setattr(script_batch.AsyncClient, "wait_for_batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        script_batch.render_to(url, [{"id": "a", "prompt": "a", "num_frames": 2}], out, "1h", print)
+        asyncio.run(render_to(url, [{"id": "a", "prompt": "a", "num_frames": 2}], out))
     monkeypatch.undo()
-    assert script_batch.render_to(url, [], out, "1h", print) == (1, 0), "the batch is resumed"
+    assert asyncio.run(render_to(url, [], out)) == (1, 0), "the batch is resumed"
     assert main(["render", str(script), "--to", url, "--out", str(out), "--json"]) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[-1]) == {"done": 5, "failed": 1}
@@ -54,6 +55,11 @@ def test_script_is_rendered_by_a_server_with_the_content_keys_of_a_run_here(serv
     assert len(server.store.batches.list("local", None, 9)) == 2, "finished lines are not sent again"
     assert len(server.director.rendered) == rendered
     assert main(["render", str(script), "--to", "http://127.0.0.1:9", "--out", str(tmp_path / "other")]) == 4
+
+
+async def render_to(url, shots, out):
+    async with script_batch.AsyncClient(url) as client:
+        return await script_batch.render_to(client, shots, out, print)
 
 
 async def interrupt(*_, **__):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import sys
@@ -262,10 +263,6 @@ def render(
     run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 
-WINDOW = "365d"
-"""Completion window of the batch of a script: it has no deadline."""
-
-
 def _render_to(url: str, settings: ScriptSettings, out: str, *, as_json: bool) -> None:
     """Render a script on a server and print the result. Raises SetupError, and typer.Exit unless all shots are done."""
     try:
@@ -285,8 +282,13 @@ def _render_to(url: str, settings: ScriptSettings, out: str, *, as_json: bool) -
         counts = batch.request_counts
         note(f"{batch.id} {batch.status}: {counts.completed} of {counts.total} done, {counts.failed} failed")
 
+    async def sent() -> tuple[int, int]:
+        async with client.AsyncClient(url) as server:
+            done, failed = await client.render_to(server, shots(), Path(out), show)
+            return done, failed
+
     try:
-        done, failed = client.render_to(url, shots(), Path(out), WINDOW, show)
+        done, failed = asyncio.run(sent())
     except (client.ClientError, OSError) as error:
         raise SetupError(f"--to {url}: {error}") from None
     for problem in rejected:

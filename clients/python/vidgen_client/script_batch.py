@@ -16,35 +16,22 @@ from vidgen_client.errors import ClientError
 from vidgen_client.models import Batch
 
 ENDPOINT = "/v1/shots"
+_WINDOW = "365d"
+"""Completion window: a script has no deadline."""
 MANIFEST, ERRORS, STATE = "manifest.jsonl", "errors.jsonl", ".batch.json"
 DOWNLOADS = 4
 """Downloads at the same time."""
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
-def render_to(
-    url: str, shots: Iterable[Mapping[str, Any]], folder: Path, window: str, on_progress: Callable[[Batch], object]
+async def render_to(
+    client: AsyncClient, shots: Iterable[Mapping[str, Any]], folder: Path, on_progress: Callable[[Batch], object]
 ) -> tuple[int, int]:
     """Render shots that are not in the manifest of a folder yet. Return the numbers of new clips and of failed lines.
 
     `shots`: fields of script lines, each with its `id`. Resumes the batch of an earlier call that did not end. `on_progress` is
     called with its state. Raises ClientError and OSError.
     """
-
-    async def run() -> tuple[int, int]:
-        async with AsyncClient(url) as client:
-            return await _render(client, shots, folder, window, on_progress)
-
-    return asyncio.run(run())
-
-
-async def _render(
-    client: AsyncClient,
-    shots: Iterable[Mapping[str, Any]],
-    folder: Path,
-    window: str,
-    on_progress: Callable[[Batch], object],
-) -> tuple[int, int]:
     folder.mkdir(parents=True, exist_ok=True)
     state, manifest = folder / STATE, folder / MANIFEST
     rows = {row["id"]: row for row in _rows(manifest)}
@@ -54,12 +41,10 @@ async def _render(
         content, digests = await _requests(client, shots, rows)
         if not digests:
             return 0, 0
-        known = {"file": (await client.upload_batch(content)).id, "key": uuid4().hex, "window": window, "digests": digests}
+        known = {"file": (await client.upload_batch(content)).id, "key": uuid4().hex, "digests": digests}
         # Before the batch is created: the same key then finds it.
         _write(state, json.dumps(known))
-    batch = await client.create_batch(
-        known["file"], endpoint=ENDPOINT, completion_window=known["window"], idempotency_key=known["key"]
-    )
+    batch = await client.create_batch(known["file"], endpoint=ENDPOINT, completion_window=_WINDOW, idempotency_key=known["key"])
     batch = await client.wait_for_batch(batch, on_progress=on_progress)
     if batch.status == "failed":
         state.unlink()
