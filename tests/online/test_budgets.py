@@ -1,12 +1,17 @@
 """Budgets of keys and usage: reserved, settled and capped, by the API and over a store with directors that crash."""
 
+import time
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from starlette.testclient import TestClient
 
 from tests.online.directors import client_of, local_server, settings_with_keys
+from tests.online.test_batches import create, jsonl, line
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online.api import batch_runner
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.server_settings import Budget, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
@@ -55,6 +60,22 @@ def test_requests_over_a_budget_are_refused_with_what_is_left_and_usage_is_repor
         load_keys(None, wrong.limits).check_budgets(None)
     with pytest.raises(ValueError, match="either gpu_seconds or cost"):
         Budget(window="day")
+
+
+def test_batch_that_waits_for_a_budget_delays_no_other_batch(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ServingProfile, "gpu_seconds", lambda _, seconds: sum(seconds.values()))
+    monkeypatch.setattr(batch_runner, "LOST_S", 10_000)
+    with local_server(tiny, settings_with_keys(tmp_path, {"ada": {}, "bob": {}})) as server:
+        estimate = client_of(server).post("/v1/videos/estimate", json=SMALL).json()["gpu_seconds"]
+    budget = {"window": "day", "gpu_seconds": 1.5 * estimate}
+    settings = settings_with_keys(tmp_path, {"ada": {"limits": {"budgets": [budget]}}, "bob": {}})
+    with local_server(tiny, settings) as server, TestClient(server.app):
+        server.director.held.set()
+        lines = jsonl(*(line(f"{seed}", seed=seed, **SMALL) for seed in range(3)))
+        for tenant, queued in (("ada", 1), ("bob", 4)):
+            create(client_of(server, tenant), lines)
+            while server.store.open_counts()["queued"] < queued:
+                time.sleep(0.02)
 
 
 KEYS = ("ada", "bob")

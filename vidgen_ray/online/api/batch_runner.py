@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -50,24 +51,26 @@ log = logging.getLogger("ray.serve")
 
 async def run_batches(server: ServerContext) -> None:
     """Run all batches until cancelled. Several processes may do so: each line is stored by one of them."""
+    next_looks: dict[str, float] = {}
     while True:
-        pause_s = _POLL_S
+        soonest = math.inf
         # The database or the storage may come back.
         try:
             running = await asyncio.to_thread(server.store.batches.running)
+            next_looks = {batch.id: next_looks.get(batch.id, 0.0) for batch in running}
             of_tenants = Counter(batch.tenant for batch in running)
             for batch in running:
-                pause_s = await advance(server, batch, max(1, QUEUED // of_tenants[batch.tenant]), pause_s)
+                if next_looks[batch.id] <= time.monotonic():
+                    pause_s = await advance(server, batch, max(1, QUEUED // of_tenants[batch.tenant]))
+                    next_looks[batch.id] = time.monotonic() + pause_s
+            soonest = min(next_looks.values(), default=math.inf)
         except (SQLAlchemyError, OSError) as error:
             log.warning("batches: %s", error)
-        await asyncio.sleep(pause_s)
+        await asyncio.sleep(min(_POLL_S, max(0.0, soonest - time.monotonic())))
 
 
-async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED, pause_s: float = _POLL_S) -> float:
-    """Do the next step of a batch, which may have `max_queued` queued jobs.
-
-    Return the seconds until the next one: 0 if there is more to do, else `pause_s`.
-    """
+async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED) -> float:
+    """Do the next step of a batch, which may have `max_queued` queued jobs. Return the seconds until the next one."""
     batches = server.store.batches
     tenant = server.auth.keys.by_id(batch.key_id)
     path = await asyncio.to_thread(server.job_service.uploads.find, batch.tenant, batch.input_file_id)
@@ -76,7 +79,7 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
         return 0
     if path is None and time.time() < batch.expires_at:
         # Another machine has the file, unless it was deleted by hand.
-        return pause_s
+        return _POLL_S
     if batch.status == "validating" and path is not None:
         try:
             total = await asyncio.to_thread(_count_lines, path)
@@ -96,7 +99,7 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED,
         server.job_service.jobs_changed()
         return 0 if stored else LOST_S
     if queued or in_progress:
-        return pause_s
+        return _POLL_S
     await in_write_thread(_finish, server, batch)
     return 0
 
