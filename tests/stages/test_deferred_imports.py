@@ -15,13 +15,14 @@ from vidgen_ray.stages.wan import WanStage
 
 HEAVY = (
     *("boto3", "pandas", "scipy.integrate", "scipy.optimize", "scipy.stats", "torch._dynamo", "torch.distributed.tensor"),
-    *("torchvision.datasets", "torchvision.models"),
+    *("onnxruntime", "torchvision.datasets", "torchvision.models"),
 )
 RENDER = """
 import json, sys
 from vidgen_ray.pipeline import VideoGenerationPipeline
 pipeline = VideoGenerationPipeline.from_profile("tiny")
 pipeline.generate_video("a cat", seed=1)
+assert "sympy" not in sys.modules
 style = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "a drawing"}
 pipeline.generate_video("a cat", seed=1, video_model="wan", **style)
 print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))

@@ -1,6 +1,6 @@
 """Import and load networks without the packages that diffusers and transformers import for what no stage does on a CPU.
 
-torch's compiler, distributed tensors and scipy are more than half of the time in which a pipeline is imported.
+torch's compiler, distributed tensors, sympy and scipy are more than half of the time in which a pipeline is imported.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import gc
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.abc import Loader, MetaPathFinder
@@ -19,16 +19,24 @@ from typing import Any
 
 DEFERRED = (
     "boto3",
+    "onnxruntime",
     "scipy.integrate",
     "scipy.optimize",
     "scipy.stats",
     "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes",
     "torchvision.datasets",
     "torchvision.models",
 )
 """Packages that are imported when something of them is called."""
 MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators of `torch._dynamo`. They matter to compiled functions only."""
+GUARDS: Mapping[str, Callable[..., bool]] = {
+    **dict.fromkeys(("expect_true", "guard_or_false", "guard_or_true"), bool),
+    "is_nested_int": lambda _: False,
+    "sym_eq": lambda one, other: one == other if isinstance(one, int) else [*one] == [*other],
+}
+"""What functions of `symbolic_shapes`, which imports sympy, do with sizes that are numbers."""
 IMPORTED_OBJECTS = 100_000
 """Objects after which Python looks for garbage while packages are imported."""
 _lock = threading.RLock()
@@ -45,6 +53,8 @@ class _DeferredModule(ModuleType):
             return lambda: False  # asked by Qwen's transformer in each call
         if not finder.defers(name):
             return getattr(importlib.import_module(name), attribute)
+        if name.endswith("symbolic_shapes") and attribute in GUARDS:
+            return GUARDS[attribute]
         if name == "torch._dynamo" and attribute in MARKS:
             return lambda function=None, *_, **__: function or (lambda decorated: decorated)
         if attribute[0].isupper():
