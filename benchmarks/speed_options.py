@@ -72,7 +72,6 @@ THINGS = (
 
 Options = Mapping[str, Any]
 HALF_PRECISION: tuple[Options, ...] = ({"dtype": "bfloat16"}, {"dtype": "float16"})
-STEP_CACHES: tuple[Options, ...] = tuple({"step_cache_threshold": t} for t in (0.05, 0.1, 0.2))
 GPU_OPTIONS = {"compile", "attention_backend"}
 QUANTIZED: tuple[Options, ...] = ({"quantize": "fp8_storage"}, {"quantize": "fp8"})
 
@@ -111,8 +110,6 @@ TILED = {"width": 512, "height": 320}
 GROUPS: Mapping[str, Group] = {
     "flux": Group(FluxStage, FLUX_OPTIONS),
     "flux-face": Group(FluxStage, FLUX_OPTIONS, has_face=True),
-    # The default of FLUX.1-dev. The demo has 12 steps, which differ more from each other.
-    "flux-28-steps": Group(FluxStage, STEP_CACHES, {"steps": {"flux": 28}, "mode": "fast"}),
     "flux-tiles": Group(FluxStage, ({"vae_tile_px": 256},), TILED),
     "lora": Group(FluxLoRAStage, HALF_PRECISION, {"lora": "builtin:demo/sketch.safetensors"}),
     "hunyuan": Group(HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "a pencil sketch"}),

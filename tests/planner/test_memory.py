@@ -184,9 +184,7 @@ def test_what_a_shot_uses_is_planned():
 
 
 def test_options_of_flux_are_planned():
-    plain, cache = with_flux_options(), with_flux_options(step_cache_threshold=0.06)
-    assert plain.peak_gb < cache.peak_gb < plain.peak_gb + 0.1
-    stored, computed = (with_flux_options(quantize=name) for name in ("fp8_storage", "fp8"))
+    plain, stored, computed = (with_flux_options(quantize=name) for name in ("none", "fp8_storage", "fp8"))
     assert stored.weights_gb == computed.weights_gb < plain.weights_gb - 10
 
 

@@ -94,7 +94,7 @@ def test_trial_runs_the_shot_with_and_without_the_option(tiny, make_shot):
     clip, draft = make_shot(num_frames=2), make_shot(mode="fast", steps={"flux": 4})
     same = try_option(Trial(tiny, "realesrgan", "cudnn_benchmark", True), [("realesrgan", clip)])
     assert same.speedup > 0 == same.difference
-    other = try_option(Trial(tiny, "flux", "step_cache_threshold", 10.0), [("flux", draft)])
+    other = try_option(Trial(tiny, "flux", "quantize", "fp8_storage"), [("flux", draft)])
     assert other.difference > 0
     # Their inputs are a face and photos.
     for stage, fields in (
@@ -108,8 +108,8 @@ def test_trial_runs_the_shot_with_and_without_the_option(tiny, make_shot):
 @pytest.mark.slow
 def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monkeypatch):
     monkeypatch.setattr(speed_trials, "MIN_SPEEDUP", 0.0)
-    monkeypatch.setattr(speed_trials, "MAX_DIFFERENCE", 0.0)
-    profile = trying(tiny, flux={"step_cache_threshold": 10.0}, svd={"attention_backend": "sage", "decode_chunk_frames": 4})
+    monkeypatch.setattr(speed_trials, "MAX_DIFFERENCE_FP8", 0.0)
+    profile = trying(tiny, flux={"quantize": "fp8_storage"}, svd={"attention_backend": "sage", "decode_chunk_frames": 4})
     shots, messages = [make_shot(mode="fast", num_frames=2, steps={"flux": 6, "svd": 1})], []
     fast = run_trials(profile, shots, None, MACHINE, messages.append)
     assert fast.actors["svd"].options["decode_chunk_frames"] == 4
@@ -117,7 +117,7 @@ def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monke
     assert fast.actors["flux"].options == tiny.actors["flux"].options
     outcomes = "\n".join(messages)
     assert "svd: attention_backend=sage on cpu: left out: SetupError: attention_backend" in outcomes
-    assert "flux: step_cache_threshold=10.0 on cpu: left out: changes a call of the network by" in outcomes
+    assert "flux: quantize=fp8_storage on cpu: left out: changes a call of the network by" in outcomes
     assert "svd: decode_chunk_frames=4 on cpu: used" in outcomes
     messages.clear()
     assert run_trials(profile, shots, None, MACHINE, messages.append) == fast

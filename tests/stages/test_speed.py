@@ -18,13 +18,13 @@ from tests.stages.test_parity import gradient_image, levels_apart
 from vidgen_ray.bench.bench_command import random_models, with_random_weights
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.errors import Cancelled, SetupError
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import demand_of, speed_trials
 from vidgen_ray.planner.choose_layout import compilations
 from vidgen_ray.planner.speed_trials import Trial, try_option
 from vidgen_ray.stages import flux_model, identity, loading, speed
-from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8, progress_callback
+from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -162,53 +162,6 @@ def test_calls_in_any_thread_may_compile_many_variants(tiny, make_shot, counter,
             run(lambda: stage(Item(make_shot())))
             run(lambda: RealESRGANStage(tiny.params(RealESRGANStage)).run_chunk(make_shot(), frames))
     assert limits == [RECOMPILE_LIMIT] * 4
-
-
-# Step caches
-
-EVERY_STEP = {"step_cache_threshold": 10.0}
-"""Reuse the result of every step that may be reused."""
-
-
-def transformer_calls(stage):
-    """Return a list that grows with each call of a block of the transformer."""
-    calls = []
-    block = stage.model.text_to_image.transformer.single_transformer_blocks[0]
-    block.attn.to_q.register_forward_hook(lambda *_: calls.append(1))
-    return calls
-
-
-def test_step_cache_skips_blocks_of_drafts_and_starts_fresh_for_each_shot(plain, tiny, make_shot):
-    def cancel(stage, done, steps):
-        if done == 3:
-            raise Cancelled
-
-    shot = make_shot(mode="fast", steps={"flux": 8, "lora": 8})
-    with with_options(FluxStage, tiny, **EVERY_STEP) as flux, with_options(FluxLoRAStage, tiny, **EVERY_STEP) as lora:
-        calls = transformer_calls(flux)
-        image = image_of(flux, shot)
-        assert 0 < len(calls) < 8
-        assert not np.array_equal(image, image_of(plain, shot)), "an approximation"
-        # FluxImg2ImgPipeline names no passes, and a negative prompt has two per step.
-        two_passes = make_shot(mode="fast", lora=[str(LORA)], negative_prompt="blurred", steps={"lora": 8})
-        image_of(lora, two_passes, image=image)
-        assert np.array_equal(image_of(flux, shot), image)
-        with pytest.raises(Cancelled), progress_callback(cancel):
-            image_of(flux, shot.model_copy(update={"prompt": "another"}))
-        assert np.array_equal(image_of(flux, shot), image)
-
-
-def test_step_cache_is_off_for_faces_and_finished_work(plain, tiny, make_shot, face):
-    """The residuals of InfuseNet are part of the cached result, and would be added again between the skipped blocks."""
-    draft = make_shot(mode="fast", steps={"flux": 6})
-    with with_options(FluxStage, tiny, **EVERY_STEP) as stage:
-        calls = transformer_calls(stage)
-        image_of(stage, draft)
-        assert len(calls) < 6
-        calls.clear()
-        for shot in (make_shot(mode="fast", face_image="x.jpg", steps={"flux": 6}), make_shot(steps={"flux": 6})):
-            assert np.array_equal(image_of(stage, shot, face=face), image_of(plain, shot, face=face))
-        assert len(calls) == 12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -290,7 +290,7 @@ def _seconds(stage: Stage[Any], item: Item) -> float:
 def _first_outputs(stage: Stage[Any]) -> Iterator[list[NDArray[np.float32]]]:
     """Yield a list that gets what the first two calls of the stage's denoising network give. It stays empty without one.
 
-    A step cache changes the second one, and the second transformer of Wan is not among them.
+    The second transformer of Wan is not among them.
     """
     pipe = getattr(stage, "pipe", None) or getattr(getattr(stage, "model", None), "text_to_image", None)
     network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)

@@ -21,8 +21,8 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
-from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS
-from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams, uses_step_cache
+from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, begin_call
+from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA
@@ -36,13 +36,6 @@ from vidgen_ray.stages.memory_table import (
     network_work,
     weight_bytes,
 )
-
-PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
-"""Pixels per token of the transformer, and numbers per token."""
-STEP_CACHE_TENSORS = 3
-"""Tensors of the size of all tokens that a step cache keeps at most: output and residual of the first block, and the residual
-of the others."""
-
 
 _CARD_FACTORS: Mapping[str, float] = dict.fromkeys(
     ("L40S", "RTX 6000 Ada", "RTX 4080", "RTX 5080", "RTX 4090", "RTX 5090"), 0.78
@@ -124,16 +117,11 @@ class FluxFamilyStage(Stage[FluxParams]):
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
         activations = max(activation_bytes(curve, pixels, dtype) for curve in curves)
-        if params.step_cache_threshold is not None and uses_step_cache(shot):
-            tokens, passes = pixels // PATCH_PIXELS + params.text_tokens, 2 if params.uses_negative_prompt(shot) else 1
-            activations += passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * number_bytes
         return StageMemory(weights, max(encode_text, activations), pixels * 3 * RESULT_COPIES, host_weights)
 
     @classmethod
     def divided(cls, params: FluxParams) -> FluxParams | None:
-        can_divide = params.attention_backend in ATTENTION_BACKENDS
-        # A step cache compares the tokens of a process, so the processes would not skip the same blocks.
-        return params.model_copy(update={"step_cache_threshold": None}) if can_divide else None
+        return params if params.attention_backend in ATTENTION_BACKENDS else None
 
     @classmethod
     def work_with_steps(cls, params: FluxParams, shot: Shot, steps: float, *, is_new_prompt: bool) -> ShotWork:
@@ -216,13 +204,13 @@ class FluxFamilyStage(Stage[FluxParams]):
         shot = item.shot
         with self.conditioned_pipelines(item) as pipelines:
             arguments |= self.model.call_arguments(shot, self.params, getattr(shot.guidance, self.name))
-            with self.model.step_cache_running(shot, arguments):
-                (image,) = getattr(pipelines, pipeline)(
-                    **arguments,
-                    num_inference_steps=self.steps(shot),
-                    generator=noise_generator(self.generator_seed(shot)),
-                    **diffusers_step_callback(self.name),
-                ).images
+            begin_call(guided=arguments.get("true_cfg_scale", 1) > 1)
+            (image,) = getattr(pipelines, pipeline)(
+                **arguments,
+                num_inference_steps=self.steps(shot),
+                generator=noise_generator(self.generator_seed(shot)),
+                **diffusers_step_callback(self.name),
+            ).images
         return pixels_to_uint8(image)
 
 

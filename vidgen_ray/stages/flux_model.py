@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakValueDictionary
 
@@ -14,7 +14,7 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
-from vidgen_ray.stages.context_parallel import begin_call, divide
+from vidgen_ray.stages.context_parallel import divide
 from vidgen_ray.stages.loading import (
     TiledParams,
     deferred_imports_of,
@@ -26,7 +26,7 @@ from vidgen_ray.stages.loading import (
 )
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
-from vidgen_ray.stages.speed import CompileParams, FirstBlockCache, compute_in_fp8, speed_up, store_in_fp8
+from vidgen_ray.stages.speed import CompileParams, compute_in_fp8, speed_up, store_in_fp8
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
@@ -55,9 +55,6 @@ class FluxParams(CompileParams, TiledParams):
     """Classifier-free guidance scale for shots with a negative prompt, with distilled guidance. Adds a second pass per step."""
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    step_cache_threshold: float | None = Field(None, gt=0)
-    """In shots of mode `fast` without a face, skip all blocks but the first while its residual changes by less than this from
-    step to step. An approximation: larger is faster and less exact. `None`: compute every step."""
     quantize: Literal["none", "fp8", "fp8_storage"] = "none"
     """Quantisation of the transformer while it is loaded. fp8: weights and activations, computed in 8 bits by torchao, on GPUs
     since Ada and Hopper. fp8_storage: weights in 8 bits (e4m3), converted to `dtype` layer by layer, on any device."""
@@ -129,8 +126,6 @@ class FluxModel:
             dtype=None if params.quantize == "none" else self.dtype,
             is_compiled=params.compile,
         )
-        threshold = params.step_cache_threshold
-        self._step_cache = None if threshold is None else FirstBlockCache(transformer, threshold)
         self._t5_on_gpu = params.text_encoder == "gpu"
         networks = {name: each for name, each in self.text_to_image.components.items() if isinstance(each, torch.nn.Module)}
         for name, network in networks.items():
@@ -155,14 +150,6 @@ class FluxModel:
     def loras_active(self, loras: Sequence[LoraRef]) -> AbstractContextManager[None]:
         """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
         return self.adapters.active(loras)
-
-    def step_cache_running(self, shot: Shot, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Run one pipeline call with these arguments, with the step cache if the shot uses it."""
-        passes = 2 if arguments.get("true_cfg_scale", 1) > 1 else 1
-        begin_call(guided=passes == 2)
-        if self._step_cache is None:
-            return nullcontext()
-        return self._step_cache.running(passes, enabled=uses_step_cache(shot))
 
     def call_arguments(self, shot: Shot, params: FluxParams, guidance: float | None) -> dict[str, Any]:
         """Return the arguments that text to image and image to image have in common."""
@@ -240,8 +227,3 @@ class FluxModel:
         move_networks(networks.values(), device)
         for key, (embeds, pooled) in list(self._embeddings.items()):
             self._embeddings[key] = embeds.to(device), pooled.to(device)
-
-
-def uses_step_cache(shot: Shot) -> bool:
-    """Return whether the shot may be computed with a step cache: a draft without a face, whose residuals it would add twice."""
-    return shot.mode == "fast" and shot.flux_identity is None

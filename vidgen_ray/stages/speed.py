@@ -1,8 +1,6 @@
-"""Options that make diffusion networks faster: memory format, attention backend, compilation, step caches and weights in 8
-bits.
+"""Options that make diffusion networks faster: memory format, attention backend, compilation and weights in 8 bits.
 
-Each option is a separate field of a stage's parameters, so its effect can be measured alone. Step caches approximate the
-computation, the others change its rounding.
+Each option is a separate field of a stage's parameters, so its effect can be measured alone.
 """
 
 from __future__ import annotations
@@ -11,9 +9,8 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,56 +214,3 @@ def compute_in_fp8(network: Any, device: str) -> None:
     # torchao's settings of the compiler would also let float32 products of other networks round to 10 bits.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(network, config, is_quantized, device=device)
-
-
-class FirstBlockCache:
-    """Step cache of a diffusers transformer: skips the other blocks while the residual of the first one changes by less than
-    `threshold` from step to step.
-
-    Not for calls in which a ControlNet adds residuals between the blocks: the cached result has them already.
-    Source: ParaAttention's First Block Cache; diffusers `hooks`.
-    """
-
-    def __init__(self, network: Any, threshold: float) -> None:
-        self._network, self._threshold = network, threshold
-        self._enabled = False
-
-    @contextmanager
-    def running(self, passes: int, *, enabled: bool) -> Iterator[None]:
-        """Run one pipeline call with a fresh cache, or without it. `passes`: calls of the network per step."""
-        from diffusers.hooks import FirstBlockCacheConfig, HookRegistry
-
-        # It stays enabled between calls: a compiled network is compiled again when the hooks change.
-        if enabled and not self._enabled:
-            self._network.enable_cache(FirstBlockCacheConfig(self._threshold))
-        elif self._enabled and not enabled:
-            self._network.disable_cache()
-        self._enabled = enabled
-        if not enabled:
-            yield
-            return
-        # A cancelled call leaves its state behind.
-        HookRegistry.check_if_exists_or_initialize(self._network).reset_stateful_hooks()
-        with _cache_contexts(self._network, ("cond", "uncond")[:passes]):
-            yield
-
-
-@contextmanager
-def _cache_contexts(network: Any, names: tuple[str, ...]) -> Iterator[None]:
-    """Name the passes of each step in turn. Caches keep one state per name. FLUX image to image names no passes."""
-    next_name = cycle(names)
-    current = ExitStack()
-
-    def enter(*_: Any) -> None:
-        current.enter_context(network.cache_context(next(next_name)))
-
-    def leave(*_: Any) -> None:
-        current.close()
-
-    handles = (network.register_forward_pre_hook(enter), network.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        current.close()

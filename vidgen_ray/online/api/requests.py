@@ -115,7 +115,7 @@ PEER_FIELDS: tuple[PeerField, ...] = (
     PeerField("boundary_ratio", float, OMNI, (0, 1), "the split between Wan's two transformers is fixed", for_images=False),
     PeerField("flow_shift", float, BOTH, (), "the schedule of each model is fixed"),
     PeerField("max_sequence_length", int, SGLANG, (), "the profile sets the length of prompts"),
-    PeerField("enable_teacache", bool, SGLANG, (False,), "the profile of the server chooses step caches"),
+    PeerField("enable_teacache", bool, SGLANG, (False,), "every step is computed"),
     PeerField("diffusers_kwargs", dict[str, Any], SGLANG, ({},), "stages have no other settings than the fields of a shot"),
     PeerField("rollout", bool, SGLANG, (False,), "this server does not train models"),
     PeerField("generate_sound", bool, OMNI, (False,), NO_SOUND, for_images=False),
