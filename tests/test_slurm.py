@@ -253,6 +253,7 @@ def test_nodes_of_an_array_join_one_run_and_one_takes_the_place_of_the_first(slu
 )
 def test_files_in_deploy_are_those_that_the_command_prints(file, options, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/shared"))
     monkeypatch.setattr(sys, "prefix", "/shared/venv")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_command(["slurm", "/shared/script.jsonl", "-o", "/shared/out", "-p", "gpu-80gb", *options.split()]) == 0
@@ -349,18 +350,20 @@ def test_mistakes_are_named_before_anything_is_submitted(capsys, tmp_path, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "must be equal nodes for one job" in error("--gpus", "1xH100+2xH100")
     assert "--address: is set by the sbatch file" in error("--gpus", "2xH100", "--address", "auto")
+    assert "--container: got '', must be an image" in error("--gpus", "2xH100", "--container", "")
     assert "No such option: --scael" in error("--gpus", "2xH100", "--scael", "3")
     assert "there is no sbatch here: use a login node" in error("--gpus", "2xH100", "--submit")
     fake("sinfo", "(null)")
     fake("sbatch", "")
     assert "this Slurm offers no GPUs" in error("--gpus", "2xH100", "--submit")
     assert "this Slurm offers no GPUs" in error("--gpus", "2xH100")
-    fake("sinfo", "Unable to contact slurm controller", 1)
-    assert "sinfo failed: Unable to contact slurm controller" in error("--gpus", "2xH100")
+    # 0xff, which is not UTF-8.
+    fake("sinfo", r"Unable to contact slurm controller \0377", 1)
+    assert "sinfo failed: Unable to contact slurm controller \ufffd" in error("--gpus", "2xH100")
     fake("sinfo", "gpu:nvidia_h100_80gb_hbm3:8(S:0-1),shard:8")
     fake("sbatch", "sbatch: error: invalid partition specified: gpu", 1)
     assert "sbatch failed: sbatch: error: invalid partition" in error("--gpus", "2xH100", "--submit", "--partition", "gpu")
-    assert [code for code, _ in shown] == [2, 2, 2, 4, 4, 0, 0, 4]
+    assert [code for code, _ in shown] == [2, 2, 2, 2, 4, 4, 0, 0, 4]
     options = ["--gpus", "2x8xH100", "--grace", "99.5"]
     assert run_command(["slurm", str(script), "-o", str(tmp_path / "new"), *options]) == 0
     printed, warned = capsys.readouterr()

@@ -76,6 +76,8 @@ def command(
         raise UsageError(f"SCRIPT: there is no file {str(script)!r}")
     if wrong := next((word for word in ctx.args if word.split("=")[0] in OWN_OPTIONS), None):
         raise UsageError(f"{wrong}: is set by the sbatch file")
+    if container == "":
+        raise UsageError("--container: got '', must be an image, such as vidgen.sif")
     folder = script.absolute().parent if URL.match(out) else Path(out).absolute()
     words = ["vidgen", "render", str(script.absolute()), "--out", out if URL.match(out) else str(folder), "--profile", profile]
     words += ctx.args
@@ -89,6 +91,8 @@ def command(
                 raise
             typer.echo(f"vidgen: {error}", err=True)
     settings = {
+        # Further options may have relative paths.
+        "chdir": Path.cwd(),
         "job-name": f"vidgen-{re.sub('[^A-Za-z0-9._-]', '-', script.stem)}",
         "partition": partition,
         "account": account,
@@ -176,7 +180,9 @@ def _gres(cluster: Cluster, partition: str | None) -> str:
 def _slurm(*words: str, content: str | None = None) -> str:
     """Run a command of Slurm and return what it prints. Raises SetupError."""
     try:
-        ended = subprocess.run(words, input=content, capture_output=True, text=True, timeout=SLURM_S, check=False)
+        ended = subprocess.run(
+            words, input=content, capture_output=True, text=True, errors="replace", timeout=SLURM_S, check=False
+        )
     except FileNotFoundError:
         raise SetupError(
             f"there is no {words[0]} here: use a login node of the cluster, or print the file and copy it there"
