@@ -198,8 +198,8 @@ class LinePlanner:
         return planned
 
     def _drop_cached(self, plan: ShotPlan) -> None:
-        for attempt in (plan, *plan.again):
-            self.outputs.stage_cache.drop(step.key for step in attempt.steps)
+        for tried in (plan, *plan.again):
+            self.outputs.stage_cache.drop(step.key for step in tried.steps)
 
 
 def _plans(planned: Sequence[Line]) -> list[ShotPlan]:
