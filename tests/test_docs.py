@@ -130,11 +130,6 @@ def test_figures_of_the_rivals_are_the_stored_results():
     assert "\n".join(rivals.published_table(rows)) in (ROOT / "benchmarks" / "README.md").read_text()
 
 
-def test_memory_in_planning_is_that_of_the_plan():
-    lines = (ROOT / "docs" / "planning.md").read_text().splitlines()
-    assert [row for row in memory_report.rows() if row not in lines] == []
-
-
 def test_memory_of_the_models_is_that_of_the_plan():
     table = (ROOT / "docs" / "models.md").read_text().split("| slot | choice |")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
