@@ -10,7 +10,7 @@ CLIENT := ./clients/python
 # Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock resolutions audit sbom docs docs-site release check clean
+.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock resolutions audit sbom docs docs-site referees release check clean
 
 setup: $(VENV)/.installed
 
@@ -106,6 +106,11 @@ docs: setup
 # Builds the documentation site into out/site. A warning, such as a broken reference, is an error.
 docs-site: setup
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs out/site
+
+# Suites that others wrote, see docs/conformance.md: needs npm and ffmpeg, downloads 2 GB the first time. QUICK=1: a minute. BUG=last_id or
+# clip_end breaks something that two of them must find.
+referees: setup
+	$(BIN)/python -m tools.referees $(if $(QUICK),--quick) $(if $(BUG),--bug $(BUG))
 
 # A release of what git has, in dist/: source distributions and wheels of package and client, SBOM, documentation site, checksums. Tests run from
 # the source distribution; the wheel is installed in an empty environment (3 GB of packages) and tried.

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             is_over = until - time.monotonic() < EXIT_S + MIN_CASE_S
             if args.out:
                 shutil.copytree(args.results, args.out, dirs_exist_ok=True)
-    print("run it again: there is more to measure" if is_over else "all is measured", file=sys.stderr)  # noqa: T201
+    print("run it again: there is more to measure" if is_over else "all is measured", file=sys.stderr)
     return TIME_IS_OVER if is_over else 0
 
 
@@ -112,7 +112,7 @@ def run_step(step: str, file: Path, profile: str, until: float) -> None:
             # Also processes that it has started.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    print(f"{step}: {'time is over' if code in (None, TIME_IS_OVER) else f'exit code {code}'}, {file}", file=sys.stderr)  # noqa: T201
+    print(f"{step}: {'time is over' if code in (None, TIME_IS_OVER) else f'exit code {code}'}, {file}", file=sys.stderr)
     if code not in (0, TIME_IS_OVER):
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
         how = TIMEOUT if code is None else f"exit code {code}"

@@ -138,7 +138,7 @@ def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0,
         artefacts = {"image": noise.integers(0, 255, (shot.height, shot.width, 3), np.uint8)}
         if shot.generate_video:
             artefacts["frames"] = noise.integers(0, 255, (shot.clip_frames, shot.height, shot.width, 3), np.uint8)
-        with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode)) as files:
+        with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode, provenance=profile.provenance)) as files:
             if chunked := {stage.writes[0] for stage in chunked_stages_of(shot)}:
                 n_frames, _ = clip_length(shot)
                 frames = artefacts["frames"][np.arange(n_frames) * shot.clip_frames // n_frames]

@@ -79,19 +79,6 @@ def test_comfyui_text_to_video(client):
     assert client.delete(f"/v1/videos/{video['id']}").json()["deleted"]
 
 
-def test_litellm_create_retrieve_and_content(client):
-    """From litellm/llms/openai/videos/transformation.py, OpenAIVideoConfig, and litellm/types/videos/main.py, VideoObject."""
-    body = {"model": "sora-2", "prompt": "a cat", "seconds": "0.4", "size": "360x640", "user": "me"}
-    created = client.post("/v1/videos", json=body).json()
-    video = ended(client, created["id"])
-    # Types of VideoObject.
-    assert (video["object"], video["status"], video["model"]) == ("video", "completed", "sora-2")
-    for name, type_ in {"seconds": str, "size": str, "created_at": int, "completed_at": int, "progress": int}.items():
-        assert isinstance(video[name], type_)
-    # It appends the path to its base URL, which ends in /videos.
-    assert size_of(client.get(f"/v1/videos/{video['id']}/content").content) == (360, 640)
-
-
 def test_comfyui_image_to_video_with_a_lora_and_photos(client, held):
     lora = json.dumps({"name": "ink", "path": "/weights/ink", "scale": 0.7, "int_id": 3})
     files = {**form(**comfyui_video(lora=lora, seed="42")), "input_reference": ("image.png", PHOTO, "image/png")}
