@@ -349,6 +349,6 @@ def test_converted_weights_pass_host_memory_one_tensor_at_a_time(tiny, checked, 
         # Those that stay in host memory are also checked on the GPU.
         assert checked.count(device) > 0.9 * sum(1 for network in networks.values() for _ in network.parameters())
     sizes = {name: sum(tensor.nbytes for tensor in own) for name, own in tensors.items()}
-    assert peaks["cpu"] > 0.5 * sum(sizes.values())
+    assert peaks["cpu"] > 0.4 * sum(sizes.values())
     # Small networks have few tensors.
     assert peaks[OTHER_DEVICE] < 0.3 * sum(sizes.values()) + sum(sizes[name] for name in host_parts)
