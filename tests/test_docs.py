@@ -21,7 +21,7 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("*.md", "docs/*.md", "benchmarks/README.md", "clients/python/README.md")
+PAGES = ("*.md", "docs/*.md", "benchmarks/README.md", "clients/python/README.md", ".github/ISSUE_TEMPLATE/*.yml")
 TEXTS = {page: page.read_text() for pattern in PAGES for page in sorted(ROOT.glob(pattern))}
 
 
