@@ -318,10 +318,19 @@ def test_progressive_video_is_not_deinterlaced_whatever_its_tags(tmp_path, upsca
     moving = {"colour": TAGGED, "draw": lambda number, width, height, **_: disc(number, width, height)}
     video = write_video(tmp_path / "in.mp4", 12, size=(160, 96), options={"x264-params": "tff=1"}, **moving)
     report = upscale(video, tmp_path / "out.mp4", deinterlace=True)
-    assert report.notes == ("no interlaced frames were found; --deinterlace changes nothing",)
+    assert report.notes == ("0 of the first 12 frames are interlaced; --deinterlace changes nothing",)
     still = {"colour": TAGGED, "draw": lambda number, width, height, **_: disc(0, width, height)}
     video = write_video(tmp_path / "still.mp4", 4, size=(160, 96), options={"x264-params": "tff=1"}, **still)
     assert "parity=tff" in read_source(video, deinterlace=True).deinterlacer
+
+
+def test_frames_are_deinterlaced_if_a_part_of_them_is_interlaced(tmp_path):
+    def draw(number, width, height, **_):
+        return woven("tff")(number, width, height) if number > 8 else disc(2 * number, width, height)
+
+    source = read_source(write_video(tmp_path / "in.mp4", 14, size=(160, 96), colour=TAGGED, draw=draw), deinterlace=True)
+    assert "parity=tff" in source.deinterlacer
+    assert source.notes == ("6 of the first 14 frames are interlaced; the others are deinterlaced, too",)
 
 
 # Provenance: recorded media is not called generated, generated media keeps its record and manifest.

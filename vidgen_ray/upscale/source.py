@@ -23,6 +23,8 @@ from vidgen_ray.media.media_file import wrap_errors
 
 _FIELD_FRAMES = 500
 """Frames in which fields are looked for."""
+_FALSELY_INTERLACED = 0.25
+"""Share of progressive frames that may look interlaced, as those with fine lines do."""
 _BOTTOM_FIRST = 3, 4
 """FFmpeg's numbers of the orders of fields in which the bottom field is shown first."""
 AV_TIME_BASE = 1_000_000
@@ -154,10 +156,11 @@ def read_source(path: Path, *, deinterlace: bool = False) -> VideoSource:
     quarter_turns = round(first.rotation / 90) % 4
     sideways = quarter_turns % 2
     colour, notes = _colour_of(first)
-    order = _field_order(path, container, is_interlaced, tagged_order) if deinterlace else None
-    if deinterlace and order is None:
-        notes.append("no interlaced frames were found; --deinterlace changes nothing")
-    elif is_interlaced and order is None:
+    order = None
+    if deinterlace:
+        order, notes_on_fields = _field_order(path, container, is_interlaced, tagged_order)
+        notes += notes_on_fields
+    elif is_interlaced:
         notes.append("is interlaced, and upscaled with its combs; --deinterlace makes progressive frames")
     times, keyframe_times, notes_on_times = _times_of(packets, Fraction(fps), time_base)
     frames_s = float(times.duration)
@@ -185,20 +188,23 @@ def read_source(path: Path, *, deinterlace: bool = False) -> VideoSource:
     )
 
 
-def _field_order(path: Path, container: str, is_interlaced: bool, tag: int) -> str | None:
-    """Return `tff` or `bff`, the field that comes first, or `None` if the frames are progressive.
+def _field_order(path: Path, container: str, is_interlaced: bool, tag: int) -> tuple[str | None, list[str]]:
+    """Return `tff` or `bff`, the field that comes first, or `None` if the frames are progressive, and notes.
 
     The pixels decide (FFmpeg's idet), since tags are often missing or wrong. If nothing moves, those of the file do.
     `tag`: FFmpeg's number of the order.
     """
-    counts = dict.fromkeys(("tff", "bff", "progressive"), 0.0)
     with wrap_errors(f"{path}: cannot be decoded"), open_video_stream(path, container) as (opened, stream):
-        for frame in through_filter(islice(opened.decode(stream), _FIELD_FRAMES), "idet"):
-            counts = {name: float(frame.metadata[f"lavfi.idet.single.{name}"]) for name in counts}
-    if not any(counts.values()):
-        return ("bff" if tag in _BOTTOM_FIRST else "tff") if is_interlaced else None
-    found = max(counts, key=lambda name: counts[name])
-    return None if found == "progressive" else found
+        read = [frame.metadata for frame in through_filter(islice(opened.decode(stream), _FIELD_FRAMES), "idet")]
+    progressive, *counts = (float(read[-1][f"lavfi.idet.single.{name}"]) for name in ("progressive", "tff", "bff"))
+    interlaced = sum(counts)
+    if is_interlaced and not progressive + interlaced:
+        return "bff" if tag in _BOTTOM_FIRST else "tff", []
+    found = f"{interlaced:.0f} of the first {len(read)} frames are interlaced"
+    if interlaced <= _FALSELY_INTERLACED * (progressive + interlaced):
+        return None, [f"{found}; --deinterlace changes nothing"]
+    notes = [f"{found}; the others are deinterlaced, too"] if progressive > interlaced else []
+    return "bff" if counts[1] > counts[0] else "tff", notes
 
 
 def _times_of(
