@@ -58,7 +58,7 @@ def test_faults_of_a_server_lose_no_caption_and_pay_none_twice(tmp_path, server,
     outputs = folder_of(tmp_path / "out", prompts)
     assert caption(outputs, server, options=("--price", "0.01", "--max-cost", "0.06", "--json")) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["captioned"], report["requests"], report["cost"]) == (5, 6, 0.06)
+    assert (report["done"], report["requests"], report["cost"]) == (5, 6, 0.06)
     assert [row[1] for row in rows(outputs)] == [f"4 images of {prompt}" for prompt in prompts]
     assert answered(server, outputs) == Counter(prompts) + Counter([prompts[FAULTS_ONCE.index("prose")]])
     # Nothing is asked for again, also after another model or template was used.

@@ -100,7 +100,7 @@ def test_interrupted_call_is_resumed_and_a_new_scorer_computes_only_its_column(t
     first = len(query(outputs, "SELECT * FROM scores WHERE shape IS NOT NULL"))
     logged = len(log.read_text().split())
     report = score_folder(outputs, chosen, None, None)
-    assert (report.clips, report.scored + report.already_scored, report.already_scored) == (7, 4, first)
+    assert (report.clips, report.done + report.already_done, report.already_done) == (7, 4, first)
     assert report.failed["raises"] == "logging: ValueError: a bad clip"
     assert "gone/video.mp4 is missing" in report.failed["gone"]
     assert report.failed.keys() == {"raises", "gone", "cut"}
@@ -113,7 +113,7 @@ def test_interrupted_call_is_resumed_and_a_new_scorer_computes_only_its_column(t
     log.unlink()
     damaged.write_bytes(intact)
     report = score_folder(outputs, choose_scorers((HashScorer, PixelScorer), scorer, weights, None), None, None)
-    assert (report.scored, report.failed.keys(), log.exists()) == (4, {"raises", "gone", "cut"}, False)
+    assert (report.done, report.failed.keys(), log.exists()) == (4, {"raises", "gone", "cut"}, False)
     assert query(outputs, "SELECT count(black_frames), count(phash), count(shape) FROM scores") == [(6, 6, 4)]
     # With other weights, no clip has a score.
     (tmp_path / "weights" / "more").write_text("x")
@@ -126,7 +126,7 @@ def test_interrupted_call_is_resumed_and_a_new_scorer_computes_only_its_column(t
 def test_clip_that_crashes_its_process_fails_alone(tmp_path, logging_scorer):
     outputs = make_folder(tmp_path / "out", [*clips(3), ({"id": "crash", "prompt": "crash"}, moving(4, seed=9, size=SIZE))])
     report = score_folder(outputs, choose_scorers((HashScorer,), *logging_scorer[:2], None), None, None)
-    assert (report.scored, report.failed) == (3, {"crash": "the process that scored it crashed"})
+    assert (report.done, report.failed) == (3, {"crash": "the process that scored it crashed"})
 
 
 def low_priority():

@@ -561,9 +561,6 @@ def test_erased_character_leaves_no_photo_and_no_features(server, client, held, 
     if has_other_keys:
         with server.store.engine.begin() as connection:
             connection.execute(update(JOBS).where(JOBS.c.id.in_(made_with_it)).values(key="k" * 64))
-    if has_other_keys:
-        with server.store.engine.begin() as connection:
-            connection.execute(update(JOBS).where(JOBS.c.id.in_(made_with_it)).values(key="k" * 64))
     erased = client.delete(f"/v1/characters/{character['id']}").json()
     steps = {step.key for job in made_with_it for step in keys[job]}
     assert (erased["characters"], erased["photos"], erased["cached_steps"]) == ([character["id"]], [photo], len(steps))

@@ -16,7 +16,6 @@ import unicodedata
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -30,6 +29,7 @@ from vidgen_ray.cli.commands import note
 from vidgen_ray.dataset import demo_captioner
 from vidgen_ray.dataset.score_folder import (
     ClipScores,
+    FolderReport,
     ScoreWriter,
     finished_clips,
     local_clip,
@@ -38,7 +38,7 @@ from vidgen_ray.dataset.score_folder import (
 )
 from vidgen_ray.dataset.scorers import WEIGHTS, Column, ScoreTable, reduced
 from vidgen_ray.dataset.tables import CAPTION, DIGEST
-from vidgen_ray.errors import MAX_MESSAGES, Cancelled, OtherWeights, SetupError, TooExpensive, shortened_value
+from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, TooExpensive, shortened_value
 from vidgen_ray.media import CLIP_SUFFIXES, open_foreign_video, read_image
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.remote.stages import RemoteImageStage, RemoteParams
@@ -249,20 +249,7 @@ def frames_of(storage: Storage, clip: Mapping[str, Any], number: int) -> Frames:
             return np.concatenate([reduced(frame[None], SIDE_PX) for frame in video.each_frame(places)])
 
 
-@dataclass
-class CaptionReport:
-    """Result of a call: counts of clips, `failed` (id -> reason), and answers of servers."""
-
-    clips: int
-    captioned: int = 0
-    already_captioned: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    requests: int = 0
-    cost: float | None = None
-    seconds: float = 0.0
-
-
-def caption_folder(storage: Storage, captioner: DemoCaptioner, frames: int) -> CaptionReport:
+def caption_folder(storage: Storage, captioner: DemoCaptioner, frames: int) -> FolderReport:
     """Caption the clips for which the model has not answered this template, and write the answers as they come.
 
     Prints progress and failures. After an interrupt, waits for the clips that were begun. Raises TooExpensive, SetupError, and
@@ -281,7 +268,7 @@ def caption_folder(storage: Storage, captioner: DemoCaptioner, frames: int) -> C
     # Those that have failed come last.
     pending = sorted((clip for clip in clips if clip[DIGEST] not in answered), key=lambda clip: clip[DIGEST] in newest)
     captioner.check_cost(len(pending))
-    report, writer = CaptionReport(len(clips), already_captioned=len(clips) - len(pending)), ScoreWriter(storage, [table])
+    report, writer = FolderReport(len(clips), already_done=len(clips) - len(pending)), ScoreWriter(storage, [table])
     for digest, row in answered.items():
         if not newest[digest]:
             # Another model or template was used since.
@@ -308,12 +295,7 @@ def caption_folder(storage: Storage, captioner: DemoCaptioner, frames: int) -> C
         nonlocal failed_in_a_row
         writer.add(ClipScores(name, {CAPTION: row}))
         failed_in_a_row = failed_in_a_row + 1 if row["caption"] is None else 0
-        if not failed_in_a_row:
-            report.captioned += 1
-            return
-        report.failed[name] = row["caption_error"]
-        if len(report.failed) <= MAX_MESSAGES:
-            note(f"{name} has no caption: {row['caption_error']}")
+        report.add(name, row["caption_error"], "caption")
 
     pool, done = ThreadPoolExecutor(captioner.threads), SimpleQueue[Future[tuple[str, dict[str, Any]]]]()
     try:

@@ -31,7 +31,7 @@ from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.report.shot_text import value_text
 from vidgen_ray.system.console import Console
 from vidgen_ray.system.files import new_file
-from vidgen_ray.system.quantities import amount_text, count, duration
+from vidgen_ray.system.quantities import count, duration
 
 if TYPE_CHECKING:
     from vidgen_ray.dataset.export import ExportReport
@@ -211,7 +211,7 @@ def score(
     Exits with code 1 if a clip cannot be measured.
     """
     from vidgen_ray.dataset.measurements import SCORERS
-    from vidgen_ray.dataset.score_folder import faces_of, score_folder, score_summary
+    from vidgen_ray.dataset.score_folder import faces_of, score_folder
     from vidgen_ray.dataset.scorers import choose_scorers
 
     outputs = OutputFolder(out)
@@ -220,7 +220,7 @@ def score(
     chosen = choose_scorers(SCORERS, scorer or (), weights or (), found)
     with interruptible(), redirect_stdout(sys.stderr):
         report = score_folder(outputs, chosen, found, address)
-    typer.echo(json.dumps(asdict(report)) if as_json else score_summary(report))
+    typer.echo(json.dumps(asdict(report)) if as_json else report.summary("scored"))
     if report.failed:
         raise typer.Exit(1)
 
@@ -280,10 +280,7 @@ def caption(
         )
     with interruptible(), redirect_stdout(sys.stderr):
         report = caption_folder(outputs.storage, captioner, frames)
-    counts = f"{report.captioned:,} captioned, {report.already_captioned:,} already, {len(report.failed):,} failed"
-    paid = "" if report.cost is None else f", {count(report.requests, 'request')} for {amount_text(report.cost)}"
-    text = f"{count(report.clips, 'clip')}: {counts} in {duration(report.seconds)}{paid}"
-    typer.echo(json.dumps(asdict(report)) if as_json else text)
+    typer.echo(json.dumps(asdict(report)) if as_json else report.summary("captioned"))
     if report.failed:
         raise typer.Exit(1)
 

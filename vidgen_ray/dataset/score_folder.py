@@ -62,7 +62,7 @@ from vidgen_ray.outputs.records import SCORES as FOLDER
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
 from vidgen_ray.system.console import Console
-from vidgen_ray.system.quantities import count, duration
+from vidgen_ray.system.quantities import amount_text, count, duration
 
 _T = TypeVar("_T")
 _COLUMNS = (
@@ -101,15 +101,32 @@ class ClipScores:
 
 
 @dataclass
-class ScoreReport:
-    """Result of a call: counts of clips, and those that could not be measured."""
+class FolderReport:
+    """Result of a call: counts of clips, those that failed, and what servers were asked and are paid."""
 
     clips: int
-    scored: int = 0
-    already_scored: int = 0
+    done: int = 0
+    already_done: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     """Id -> reason."""
     seconds: float = 0
+    requests: int = 0
+    cost: float | None = None
+
+    def add(self, name: str, problem: str | None, missing: str) -> None:
+        """Count a clip, and print why it has no `missing`, of the first ones."""
+        if problem is None:
+            self.done += 1
+            return
+        self.failed[name] = problem
+        if len(self.failed) <= MAX_MESSAGES:
+            note(f"{name} has no {missing}: {problem}")
+
+    def summary(self, done: str) -> str:
+        """Return the counts as text. `done`: participle of what was done."""
+        counts = f"{self.done:,} {done}, {self.already_done:,} already {done}, {len(self.failed):,} failed"
+        paid = "" if self.cost is None else f", {count(self.requests, 'request')} for {amount_text(self.cost)}"
+        return f"{count(self.clips, 'clip')}: {counts} in {duration(self.seconds)}{paid}"
 
 
 class Attempts:
@@ -263,7 +280,7 @@ def part_tables(storage: Storage, folder: str, columns: list[str] | None = None)
 
 def score_folder(
     outputs: OutputFolder, chosen: Sequence[ChosenScorer], profile: Profile | None, address: str | None
-) -> ScoreReport:
+) -> FolderReport:
     """Score the clips that lack scores of a scorer, and find neighbours if hashes have changed.
 
     Prints progress and failures. Raises SetupError, and OSError if the storage fails.
@@ -274,19 +291,14 @@ def score_folder(
     pending = [
         clip | {"scorers": missing} for clip in clips if (missing := [n for n in scored if clip[DIGEST] not in scored[n]])
     ]
-    report = ScoreReport(len(clips), already_scored=len(clips) - len(pending))
+    report = FolderReport(len(clips), already_done=len(clips) - len(pending))
     writer = ScoreWriter(storage, chosen)
     if pending:
         try:
             with connected(address, cpus=1):
                 for scores in shown_progress(_scores_of(pending, chosen, outputs, profile), len(pending), "scoring"):
                     writer.add(scores)
-                    if not scores.errors:
-                        report.scored += 1
-                        continue
-                    report.failed[scores.id] = "; ".join(scores.errors)
-                    if len(report.failed) <= MAX_MESSAGES:
-                        note(f"{scores.id} has no scores: {report.failed[scores.id]}")
+                    report.add(scores.id, "; ".join(scores.errors) or None, "scores")
         finally:
             writer.flush()
     write_neighbours(storage, clips)
@@ -450,7 +462,7 @@ class ScoringListener:
     def finish(self) -> None:
         """Score what is left, after the run. Raises SetupError and OSError."""
         self._writer.flush()
-        note(score_summary(self._score_rest()))
+        note(self._score_rest().summary("scored"))
 
 
 def faces_of(find: Callable[[], Profile], *, required: bool = False) -> Profile | None:
@@ -467,8 +479,3 @@ def faces_of(find: Callable[[], Profile], *, required: bool = False) -> Profile 
             raise
         note(f"faces are not measured: {error}")
         return None
-
-
-def score_summary(report: ScoreReport) -> str:
-    counts = f"{report.scored:,} scored, {report.already_scored:,} already scored, {len(report.failed):,} failed"
-    return f"{count(report.clips, 'clip')}: {counts} in {duration(report.seconds)}"

@@ -7,9 +7,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -64,15 +66,7 @@ class Handle:
     def __getattr__(self, method: str) -> Any:
         if method.startswith("__"):
             raise AttributeError(method)
-        return _Method(self.actor, method)
-
-
-class _Method:
-    def __init__(self, actor: Any, name: str) -> None:
-        self._actor, self._name = actor, name
-
-    def remote(self, *arguments: Any) -> Any:
-        return self._actor.call.remote(self._name, *arguments)
+        return SimpleNamespace(remote=partial(self.actor.call.remote, method))
 
 
 class Watched:
