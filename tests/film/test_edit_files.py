@@ -15,6 +15,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.film import edit_files
 from vidgen_ray.film.film_settings import film_settings
 from vidgen_ray.film.make_film import make_film
+from vidgen_ray.system.files import temporary_prefix, this_process
 
 FPS = 6
 # First frame in the film, frames, first frame of the media, frames of the media.
@@ -128,6 +129,16 @@ def test_fcpxml_has_cuts_handles_fades_stems_and_captions(made, tmp_path):
     (caption,) = spine[0].findall("caption")
     assert (seconds(caption.get("offset")) * FPS, seconds(caption.get("duration")) * FPS) == (6, 8)
     assert "".join(caption.find("text").itertext()) == "<One> & two"
+
+
+def test_temporary_files_of_a_killed_process_are_removed(made, tmp_path):
+    made("fcpxml")
+    ended = temporary_prefix(this_process()._replace(started=1))
+    left = [folder / f"{ended}x" for folder in (tmp_path, tmp_path / "my film.media", tmp_path / "my film.pieces")]
+    for path in left:
+        path.touch()
+    made("fcpxml")
+    assert not any(path.exists() for path in left)
 
 
 def test_fcpxml_is_read_by_opentimelineio(shots, tmp_path):

@@ -69,6 +69,11 @@ def check_edit(settings: FilmSettings, folder: Path | None) -> None:
         raise SetupError(f"timeline: otio needs opentimelineio, which is not installed; {install_command('film')}")
 
 
+def edit_media(film: Path) -> Path:
+    """Return the folder of the media of an edit."""
+    return film.with_name(f"{film.stem}.media").absolute()
+
+
 def write_edit(
     film: Path,
     timeline: FilmTimeline,
@@ -85,7 +90,7 @@ def write_edit(
     returns the metadata of a file that shows this file of a shot, or a title card. Media of older edits stay.
     Raises MediaError.
     """
-    media = film.with_name(f"{film.stem}.media").absolute()
+    media = edit_media(film)
     clips, changed = [], []
     for item in timeline.items:
         source, before, after = item.source, item.fade_in // 2, item.fade_out - item.fade_out // 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidgen_ray.errors import UsageError
-from vidgen_ray.film.edit_files import EditCaption, check_edit, write_edit
+from vidgen_ray.film.edit_files import EditCaption, check_edit, edit_media, write_edit
 from vidgen_ray.film.film_settings import ChosenShot, FilmSettings, ShotCandidate, choose_shots, manifest_candidates
 from vidgen_ray.film.picture import check_texts
 from vidgen_ray.film.pieces import content_key, keep_only, plan_pieces, render_pieces, write_film
@@ -22,7 +22,7 @@ from vidgen_ray.profile import DEFAULT_PROVENANCE, Detail, ProvenanceSettings
 from vidgen_ray.provenance.record import FoundProvenance, InputFile, joined_record, metadata_of
 from vidgen_ray.provenance.signing import Ingredient, check_signing, sign_file
 from vidgen_ray.system.cache_dir import digest
-from vidgen_ray.system.files import new_file, write_atomically
+from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
 
 
 class Cue(NamedTuple):
@@ -142,6 +142,8 @@ def make_film(
         settings = settings.model_copy(update={"encode": encode})
     chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
     folder = path.with_name(f"{path.stem}.pieces")
+    for left in (*abandoned(path.parent), *abandoned(edit_media(path))):
+        remove(left)
     sources, inputs = _sources(outputs, chosen, on_progress)
     sources, spoken = _with_speech(sources, settings, folder, on_progress)
     timeline = build_timeline(sources, settings)
