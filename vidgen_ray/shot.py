@@ -290,9 +290,8 @@ class Shot(_Frozen):
 
     image_model: Literal["flux", "klein", "remote", "none"] = Field(
         "flux",
-        description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein or (remote) that of a server. "
-        "klein has no LoRA stage: its LoRAs are active while it draws. remote has no LoRAs and no identity. "
-        "none: a server's video model makes the clip from the prompt alone, and its first frame is the image.",
+        description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein (LoRAs are active while it draws), or that of a "
+        "server (without LoRAs and identity). none: a server's video model makes the clip from the prompt alone.",
     )
     width: int = Field(
         1024,
@@ -330,8 +329,8 @@ class Shot(_Frozen):
     character: str | None = Field(None, description="Name of a character in the header of a YAML script.")
     identity: str = Field(
         "infusenet",
-        description="Identity method: the name of a FLUX method such as infusenet; instantid-sdxl for an SDXL base image; "
-        "reference for a base image by FLUX.2 klein, which sees all photos; or none. Default for image_model klein: reference.",
+        description="Identity method: infusenet, or another one of FLUX; instantid-sdxl: SDXL draws the base image; reference: "
+        "FLUX.2 klein draws it and sees all photos (default for image_model klein); none.",
     )
     identity_strength: Strength = Field(1.0, description="Strength of the identity conditioning. 0 disables it.")
     identity_start: Strength = Field(0.0, description="Fraction of FLUX's denoising steps before identity conditioning starts.")
@@ -359,7 +358,7 @@ class Shot(_Frozen):
     use_hunyuan_style: bool = Field(False, description="Restyle the image with the style model. Ignored in mode fast.")
     style_model: Literal["hunyuan", "qwen-edit"] = Field(
         "hunyuan",
-        description="Style model: hunyuan (HunyuanDiT, image to image) or qwen-edit (Qwen-Image-Edit, by instruction).",
+        description="hunyuan: HunyuanDiT, image to image. qwen-edit: Qwen-Image-Edit, by instruction.",
     )
     style_prompt: str | None = Field(
         None, max_length=MAX_TEXT, description="Text appended to the prompt for the restyle.", json_schema_extra=TEXT
@@ -394,8 +393,8 @@ class Shot(_Frozen):
         0,
         ge=0,
         le=15,
-        description="Further passes of the video model, each from the last frame of the one before: in total "
-        "num_frames + extend x (num_frames - 1) frames.",
+        description="Further passes of the video model, each from the last frame of the one before; each adds num_frames - 1 "
+        "frames.",
     )
     fps: int = Field(
         VIDEO_MODELS[DEFAULT_MODEL].fps,
@@ -404,14 +403,13 @@ class Shot(_Frozen):
         description=f"Frames per second. Default: {_by_model('{fps} for {name}')}.",
     )
     interpolation: Literal[1, 2, 4, 8] = Field(
-        1, description="Factor of the frame rate by frame interpolation; the clip lasts as long as before. 1: off."
+        1, description="Factor of the frame rate by frame interpolation; the clip lasts as long as before."
     )
     fps_out: int | None = Field(
         None,
         ge=1,
         le=240,
-        description="Frames per second of the finished clip, at least fps: frames are interpolated at these times. "
-        "Default: fps x interpolation.",
+        description="Frames per second of the finished clip, at least fps, by interpolation. Default: fps x interpolation.",
     )
     motion_bucket_id: int = Field(127, ge=1, le=255, description="Amount of motion. Higher values move more.")
     noise_aug_strength: float = Field(
@@ -433,18 +431,15 @@ class Shot(_Frozen):
         None,
         ge=MIN_CROP_PX,
         multiple_of=2,
-        description="Width in pixels of the middle of the finished clip that is kept. Clip before upscaling and image are "
-        "cut to the same share. Default: the whole width.",
+        description="Width in pixels of the middle of the finished clip that is kept; image and clip before upscaling alike.",
     )
-    crop_height: int | None = Field(
-        None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height. Default: the whole height."
-    )
+    crop_height: int | None = Field(None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height.")
 
     aspect: Aspect | None = Field(
         None,
         exclude=True,  # width, height and crop are what is rendered
-        description="Shape of the finished clip as WIDTH:HEIGHT, such as 9:16. Replaces width and height by sizes of about the "
-        "same area that the models draw, and crops. Default: the shape of width and height.",
+        description="Shape of the finished clip as WIDTH:HEIGHT, such as 9:16: replaces width and height by sizes of about the "
+        "same area, and crops.",
     )
 
     steps: StageSteps = Field(StageSteps(), description="Denoising steps of each stage. Default: those of the model.")
