@@ -290,8 +290,8 @@ class Shot(_Frozen):
 
     image_model: Literal["flux", "klein", "remote", "none"] = Field(
         "flux",
-        description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein (LoRAs are active while it draws), or that of a "
-        "server (without LoRAs and identity). none: a server's video model makes the clip from the prompt alone.",
+        description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein (LoRAs are active while it draws), or that of "
+        "a server (without LoRAs and identity). none: a server's video model makes the clip from the prompt alone.",
     )
     width: int = Field(
         1024,
