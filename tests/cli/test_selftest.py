@@ -75,3 +75,12 @@ def test_selftest_of_a_gpu_needs_one(capsys, monkeypatch):
     assert main(["selftest", "--device", "cuda"]) == 4
     assert "torch finds no GPU" in capsys.readouterr().err
     assert main(["selftest", "--device", "tpu"]) == 2
+
+
+@pytest.mark.parametrize("name", ["kinds.json", "upscaled/video.mp4", "fast/image.png"])
+def test_selftest_names_a_damaged_reference(capsys, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(selftest, "_REFERENCES", shutil.copytree(selftest._REFERENCES, tmp_path / "references"))
+    file = tmp_path / "references" / name
+    file.write_bytes(file.read_bytes()[:500])
+    assert main(["selftest", "--device", "cpu"]) == 4
+    assert "self-test are damaged; install vidgen-ray again" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from vidgen_ray.cli.commands import interruptible
 from vidgen_ray.cli.doctor import installed_versions
 from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption
 from vidgen_ray.cli.options import example
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image
 from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -148,10 +148,10 @@ def _pixels(path: Path) -> Frames:
         return video.frames(0, video.frame_count)
 
 
-def _compared(name: str, path: Path, kind: str, kinds: Mapping[str, _Stored]) -> _FileResult:
+def _compared(name: str, path: Path, references: Mapping[str, Frames], kind: str, kinds: Mapping[str, _Stored]) -> _FileResult:
     """Compare a file with the digest of this kind of device, and with the reference."""
     got = _pixels(path)
-    expected = _pixels(_REFERENCES / name) if (_REFERENCES / name).exists() else got[:0]
+    expected = references.get(name, got[:0])
     sha256 = hashlib.sha256(repr(got.shape).encode() + got.tobytes()).hexdigest()
     largest, mean = 255, 255.0
     if got.shape == expected.shape:
@@ -163,8 +163,15 @@ def _compared(name: str, path: Path, kind: str, kinds: Mapping[str, _Stored]) ->
     return _FileResult(name, result, largest, mean, sha256)
 
 
-def _read_kinds() -> dict[str, _Stored]:
-    return {kind: _Stored(**stored) for kind, stored in json.loads((_REFERENCES / _KINDS).read_text()).items()}
+def _read_references() -> tuple[dict[str, _Stored], dict[str, Frames]]:
+    """Return the results of each kind of device, and file -> frames. Raises SetupError if a file is missing or damaged."""
+    try:
+        stored = json.loads((_REFERENCES / _KINDS).read_text())
+        kinds = {kind: _Stored(**results) for kind, results in stored.items()}
+        names = {name for each in kinds.values() for name in each.sha256}
+        return kinds, {name: _pixels(_REFERENCES / name) for name in names}
+    except (OSError, AttributeError, TypeError, ValueError, VidgenError) as error:
+        raise SetupError(f"the stored results of the self-test are damaged; install vidgen-ray again: {error}") from error
 
 
 def _write(results: Mapping[Path, _FileResult], kind: str, kinds: dict[str, _Stored], seconds: dict[str, float]) -> None:
@@ -200,7 +207,7 @@ def selftest(
         raise UsageError(f"--device: got {device!r}, must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise SetupError("--device: got 'cuda', but torch finds no GPU; vidgen doctor says why")
-    kind, kinds = _kind_of_device(device), _read_kinds()
+    kind, (kinds, references) = _kind_of_device(device), _read_references()
     expected = kinds.get(kind) or next(iter(kinds.values()), _Stored({}, {}))
     libraries = installed_versions([*_LIBRARIES, *_OTHER_LIBRARIES])
     versions = {"vidgen": __version__, "python": platform.python_version(), **libraries}
@@ -213,7 +220,7 @@ def selftest(
     with again, tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), torch_threads(_THREADS):
         for item, item_s, files in _render(_profile(device), Path(folder)):
             seconds[item] = round(item_s, 1)
-            results |= {path: _compared(f"{item}/{path.name}", path, kind, kinds) for path in files}
+            results |= {path: _compared(f"{item}/{path.name}", path, references, kind, kinds) for path in files}
         if write:
             _write(results, kind, kinds, seconds)
     different = [each.file for each in results.values() if each.result == "different"]
