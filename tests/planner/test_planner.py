@@ -462,7 +462,7 @@ def test_print_plan(capsys):
     print_plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x48GB"), counts=ScriptCounts(410, 7, 3, 12))
     output = capsys.readouterr().out
     for words in (
-        "400 to render; 7 of 410 already done, 3 rejected, 12 cached stages",
+        "400 to render; 7 of 410 already done, 3 rejected (vidgen validate prints the errors), 12 cached stages",
         "hybrid: 2 workers on 2 GPUs",
         "swapping flux 27%, lora 12% | svd 41%",
         "the stages need 61.6 GB together, the largest of 2 GPUs has 48 GB",

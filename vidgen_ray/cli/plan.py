@@ -277,11 +277,11 @@ def _considered(planned: Plan) -> Table:
 
 
 def _line_counts(counts: ScriptCounts) -> str:
+    where = " (vidgen validate prints the errors)" if counts.rejected else ""
     if counts.done is None:
-        return f"{counts.rejected:,} of {counts.lines:,} rejected; finished shots are unknown without the weights"
-    return (
-        f"{counts.done:,} of {counts.lines:,} already done, {counts.rejected:,} rejected, {counts.cached_steps:,} cached stages"
-    )
+        return f"{counts.rejected:,} of {counts.lines:,} rejected{where}; finished shots are unknown without the weights"
+    done = f"{counts.done:,} of {counts.lines:,} already done"
+    return f"{done}, {counts.rejected:,} rejected{where}, {counts.cached_steps:,} cached stages"
 
 
 def _short(seconds: float) -> str:
