@@ -86,13 +86,16 @@ def test_missing_shots_exit_with_1_and_the_list(shots, capsys):
     assert "vidgen: no shot has a caption; set `caption` in the metadata" in capsys.readouterr().err
 
 
-def test_wrong_arguments_are_explained(shots, capsys):
+def test_wrong_arguments_are_explained(shots, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = shots.add("a").relative_to(tmp_path)
     for arguments, code, message in (
         ("out --size 10", 3, "film, size: got '10', must be WIDTHxHEIGHT, such as 1280x720"),
         ("out --transition wipe", 3, "film, transition: got 'wipe', must be 'cut' or 'fade'"),
         ("out -o film.avi", 2, "film: got 'film.avi', must end in .mp4"),
         ("out --film none.yaml", 3, "none.yaml: got the file, must be readable (No such file or directory)"),
         ("out --ids ,", 2, "--ids: got no ids"),
+        (f"out -o {clip}", 2, "would replace a source"),
     ):
         assert main(["film", *arguments.split()]) == code
         assert message in capsys.readouterr().err

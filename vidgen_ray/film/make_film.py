@@ -141,6 +141,12 @@ def make_film(
         encode = setting_of_last_run(outputs, Mp4Settings, "profile", "encode") or Mp4Settings()
         settings = settings.model_copy(update={"encode": encode})
     chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
+    local = outputs.storage.local
+    clips = [local / shot.path for shot in chosen if local is not None and shot.path is not None]
+    if path.resolve() in {
+        Path(source).resolve() for source in (settings.music, settings.narration, *clips) if source is not None
+    }:
+        raise UsageError(f"film: got {str(path)!r}, would replace a source")
     folder = path.with_name(f"{path.stem}.pieces")
     for left in (*abandoned(path.parent), *abandoned(edit_media(path))):
         remove(left)
