@@ -221,11 +221,11 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({}, "b59d92b8f8fb97264f4540b6e49b230573a81111fc955f0e55d60f7b844ff89a"),
-        (EVERYTHING, "15a8bfd7eb713c6f05b7ccc8162af5f529a21b85be78d496d46f5af954ff8d59"),
+        ({}, "4666808b645024e53e071db2c82f9ecf685dd1890a55904d1913cfc16a48657a"),
+        (EVERYTHING, "67fa7fcd3a471160f8ff77cb788f9ae8583c583c6c2d8dce6c13b93b453286c1"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
-            "f15c3084fdf0583fed0df33b3f614c2e29115db4078fa1eec9e45ccaec31fb7b",
+            "e5f0b586760130f7ab991d374647b524dd49f71a2da40f2923b4d470cff0129b",
         ),
         (
             {"prompt": "a", "image": "picture.png", "scale": 2, "seed": 2**32 - 1},

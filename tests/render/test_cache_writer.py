@@ -87,6 +87,7 @@ writer.put("02" * 32, {{"image": np.zeros((8, 8, 3), np.uint8)}})
 
 @pytest.mark.parametrize(("total_gb", "free_gb", "kept"), [(99, 9, False), (99, 11, True), (990, 49, False), (990, 51, True)])
 def test_caching_stops_when_the_disk_is_almost_full(cache, monkeypatch, total_gb, free_gb, kept):
+    monkeypatch.setattr(cache_writer, "KEPT_FREE_BYTES", 50 * 10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: Mock(total=total_gb * 10**9, free=free_gb * 10**9))
     CacheWriter(cache, CacheSettings(wait=True)).put(KEYS[0], {"image": IMAGE})
     assert cache.has(KEYS[0]) is kept
