@@ -19,7 +19,6 @@ from vidgen_ray.stages.loading import (
     TiledParams,
     deferred_imports_of,
     diffusers_classes,
-    fix_device,
     load_pipeline,
     move_networks,
     pin_networks,
@@ -120,8 +119,6 @@ class FluxModel:
         with deferred_imports_of(params):
             self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
         self.image_to_image.set_progress_bar_config(disable=True)
-        if not any(on_host.values()):
-            fix_device(self.image_to_image)
         self.adapters = LoraAdapters(
             self.text_to_image,
             params.adapters_kept,

@@ -112,15 +112,7 @@ def load_pipeline(
         if name not in host_parts:
             network.to(params.device)
     require_finite_weights(loaded, device=params.device)
-    if not host_parts:
-        fix_device(pipe)
     return pipe
-
-
-def fix_device(pipe: Any) -> None:
-    """Keep a pipeline from looking for its device in all of its modules, several times per image. It runs on that of now."""
-    kind = type(pipe)
-    pipe.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "_execution_device": pipe.device})
 
 
 def speed_up_transformers(pipe: Any, params: OffloadedParams) -> None:
