@@ -55,13 +55,14 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
     assert calibration["svd"].measurements[0].random_weights
 
 
-OTHER_STEPS = ("machine", "profile", "wan", "swap", "bytes", "upscaler", "options", "small", "others")
+SHORT_STEPS = ("machine", "profile", "swap", "bytes", "upscaler")
+LONG_STEPS = ("wan", "options", "small", "others", "group")
 
 
 @pytest.mark.parametrize(
     "steps",
-    [pytest.param(OTHER_STEPS, marks=pytest.mark.slow), pytest.param(("group",), marks=pytest.mark.very_slow)],
-    ids=["others", "group"],
+    [pytest.param(SHORT_STEPS, marks=pytest.mark.slow), pytest.param(LONG_STEPS, marks=pytest.mark.very_slow)],
+    ids=["short", "long"],
 )
 def test_other_steps_run_on_a_cpu(steps, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
