@@ -190,7 +190,16 @@ def picture(**fields):
 FACE = {"face_image": "photo.png"}
 
 
-@pytest.mark.parametrize("kind", ["guided clip", "clip by SVD", "odd image", "face with LoRA", "face with two passes"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "guided clip",
+        "clip by SVD",
+        "odd image",
+        pytest.param("face with LoRA", marks=pytest.mark.very_slow),
+        "face with two passes",
+    ],
+)
 def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, weights, kind):
     processes = len(list(runner.group.pids))
     lora = {"lora": [{"path": str(weights / "lora.safetensors")}], "mode": "fast"}
