@@ -200,6 +200,14 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def short_reason(error: object) -> str:
+    """Return the message of an error of a library on one line, at most 200 characters, or the name of its class.
+
+    Some messages list every layer or tensor.
+    """
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def shortened_value(value: object) -> str:
     """Return the value as an error message shows it, at most 80 characters long."""
     try:

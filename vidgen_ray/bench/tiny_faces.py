@@ -7,6 +7,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from vidgen_ray.nets.faces import FACE_EMBEDDING
+
 STRIDES = (8, 16, 32)
 ANCHORS = 2
 """Anchors per cell. Only the first one produces detections."""
@@ -14,7 +16,6 @@ BOX_HALF = 1.6
 """Half the side of a box, in strides."""
 POINTS = ((-0.55, -0.45), (0.55, -0.45), (0.0, 0.1), (-0.45, 0.65), (0.45, 0.65))
 """Eyes, nose and corners of the mouth, in strides from the centre of the box."""
-_EMBEDDING = 512
 OPSET, IR_VERSION = 17, 9
 
 
@@ -103,8 +104,8 @@ def _recogniser() -> onnx.ModelProto:
     """Return a model with ArcFace's interface: faces (B, 3, 112, 112) as (RGB - 127.5) / 127.5 -> embeddings (B, 512)."""
     graph = _Graph()
     inputs = 3 * (112 // 8) ** 2
-    projection = np.random.default_rng(0).standard_normal((inputs, _EMBEDDING)) / inputs**0.5
+    projection = np.random.default_rng(0).standard_normal((inputs, FACE_EMBEDDING)) / inputs**0.5
     pooled = graph.node("AveragePool", "input.1", kernel_shape=[8, 8], strides=[8, 8])
     graph.node("MatMul", graph.node("Flatten", pooled), graph.constant(projection.astype("f4")), output="683")
-    outputs = [helper.make_tensor_value_info("683", TensorProto.FLOAT, ["b", _EMBEDDING])]
+    outputs = [helper.make_tensor_value_info("683", TensorProto.FLOAT, ["b", FACE_EMBEDDING])]
     return graph.model("tiny_arcface", ["b", 3, 112, 112], outputs)

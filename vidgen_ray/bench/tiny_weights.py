@@ -48,9 +48,9 @@ IR_SE50_WIDTHS = (4, 6, 8, 12)
 
 def build_antelopev2(folder: Path) -> None:
     """Write the models of faces. Only they need onnx."""
-    from vidgen_ray.bench.tiny_faces import build_face_models as build
+    from vidgen_ray.bench.tiny_faces import build_face_models
 
-    build(folder)
+    build_face_models(folder)
 
 
 def build_ir_se50(file: Path) -> None:

@@ -14,6 +14,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{__version__}\n")
         return 0
     # Commands of other packages import parts of this one, and not all commands.
-    from vidgen_ray.cli.app import run_command as run
+    from vidgen_ray.cli.app import run_command
 
-    return run(argv)
+    return run_command(argv)

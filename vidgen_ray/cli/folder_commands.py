@@ -34,16 +34,14 @@ from vidgen_ray.cli.run_script import (
 )
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError, shortened_value
-from vidgen_ray.outputs.cleanup import MIN_AGE_S, collect_garbage
-from vidgen_ray.outputs.cleanup import prune_shots as remove_replaced
+from vidgen_ray.outputs.cleanup import MIN_AGE_S, collect_garbage, prune_shots
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.outputs.lease import is_held
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches
 from vidgen_ray.outputs.reviews import MAX_NAME, clip_digest, read_reviews
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, no_results, storage_at
-from vidgen_ray.outputs.verify import VerifyReport
-from vidgen_ray.outputs.verify import verify_outputs as verify_folder
+from vidgen_ray.outputs.verify import VerifyReport, verify_outputs
 from vidgen_ray.planner import profile_for
 from vidgen_ray.system.console import Console, table_of
 from vidgen_ray.system.quantities import amount_text, count, duration, money, size
@@ -229,7 +227,7 @@ def verify(
     if last is not None:
         profile_for(last.profile)
     with Console(stderr=True).status(f"Reading {outputs.url}"):
-        report = verify_folder(outputs, repair=repair)
+        report = verify_outputs(outputs, repair=repair)
     if as_json:
         found = {name: getattr(report, name) for name in ("shots", "bytes", "cache_entries")}
         damaged = [damage._asdict() for damage in report.damaged]
@@ -264,7 +262,7 @@ def prune(out: OutArgument, where: WhereOption = None, dry_run: DryRunOption = F
 
     outputs = OutputFolder(out)
     ids = frozenset() if where is None else frozenset(ids_where(outputs.storage, where))
-    report = remove_replaced(outputs, ids, dry_run=dry_run)
+    report = prune_shots(outputs, ids, dry_run=dry_run)
     if report.shots and not dry_run:
         update_gallery(out)
     if as_json:

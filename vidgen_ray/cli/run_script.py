@@ -56,8 +56,7 @@ from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import FieldError, ScriptError, SetupError, UsageError
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
-from vidgen_ray.outputs.cleanup import PruneReport
-from vidgen_ray.outputs.cleanup import prune_shots as prune_folder
+from vidgen_ray.outputs.cleanup import PruneReport, prune_shots
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import manifest_files
@@ -481,7 +480,7 @@ def _run(
     *,
     then_prune: bool = False,
 ) -> RenderedRun:
-    from vidgen_ray.batch.render_script import render_shots as render_on_ray
+    from vidgen_ray.batch.render_script import render_shots
     from vidgen_ray.report.gallery_page import write_gallery
 
     outputs, gallery = OutputFolder(out), None
@@ -490,11 +489,11 @@ def _run(
             added = None
             if (listener := options.listener) is not None:
                 added = load_of_extra(LISTENERS, listener, f"--{listener}")(view, outputs, profile, options.address)
-            report = render_on_ray(script, profile, outputs, options, listener=added or view, stop=stop, lease=lease)
+            report = render_shots(script, profile, outputs, options, listener=added or view, stop=stop, lease=lease)
         if added is not None and report.complete and not report.left:
             added.finish()
         if then_prune:
-            note_not_pruned(prune_folder(outputs, lease=lease))
+            note_not_pruned(prune_shots(outputs, lease=lease))
     finally:
         # A script that cannot be read has no results to show.
         if lease.is_sure and manifest_files(outputs.storage):

@@ -61,7 +61,7 @@ from vidgen_ray.outputs.manifest import (
 from vidgen_ray.outputs.records import SCORES as FOLDER
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.profile import Profile
-from vidgen_ray.system.console import Console
+from vidgen_ray.system.console import LINE_EVERY_S, Console
 from vidgen_ray.system.quantities import amount_text, count, duration
 
 _T = TypeVar("_T")
@@ -84,8 +84,6 @@ TASK_S, MAX_TASK_CLIPS = 10.0, 64
 MAX_CRASHES = 2
 START_S = 15.0
 """Seconds to start a process and load its networks: no process is started for less work."""
-_LINE_EVERY_S = 15.0
-"""Seconds between two lines of progress if standard error is not a terminal."""
 
 
 @dataclass
@@ -307,12 +305,12 @@ def score_folder(
 
 
 def shown_progress(results: Iterable[_T], total: int, doing: str) -> Iterator[_T]:
-    """Yield the results of `total` clips, with a bar on a terminal, otherwise with a line every `_LINE_EVERY_S`."""
+    """Yield the results of `total` clips, with a bar on a terminal, otherwise with a line every `LINE_EVERY_S`."""
     console, shown = Console(stderr=True), time.monotonic()
     options: Any = {"total": total, "console": console, "disable": not console.is_terminal}
     for number, result in enumerate(track(results, doing, **options), 1):
         yield result
-        if not console.is_terminal and time.monotonic() - shown >= _LINE_EVERY_S:
+        if not console.is_terminal and time.monotonic() - shown >= LINE_EVERY_S:
             shown = time.monotonic()
             note(f"{doing}: {number:,} of {count(total, 'clip')}")
 

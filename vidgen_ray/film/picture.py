@@ -23,7 +23,7 @@ from vidgen_ray.film.film_settings import FilmSettings, PixelSize
 from vidgen_ray.film.timeline import FilmTimeline, Piece, TimelineItem
 from vidgen_ray.media import read_image
 from vidgen_ray.media.decode import open_video_stream
-from vidgen_ray.media.filters import add_chain, filtered
+from vidgen_ray.media.filters import BT709, UNSPECIFIED, add_chain, filtered
 from vidgen_ray.media.media_file import load_font, missing_letter, wrap_errors
 from vidgen_ray.stages.base import Image
 
@@ -138,8 +138,8 @@ def _even(value: int) -> int:
 
 OpenFile = Callable[[str], AbstractContextManager[Path]]
 """Yields a local file with the content of a path of the output folder."""
-_BT709, LIMITED, _UNSPECIFIED = 1, 1, 2
-"""FFmpeg's numbers of colour matrices and ranges."""
+LIMITED = 1
+"""FFmpeg's number of the limited range."""
 SCALING = (
     "force_original_aspect_ratio=decrease:force_divisible_by=2:out_color_matrix=bt709:out_range=tv"
     ":flags=lanczos+accurate_rnd+full_chroma_int+bitexact"
@@ -250,7 +250,7 @@ def _buffer_options(frame: av.VideoFrame) -> str:
     is_rgb = frame.format.is_rgb
     return (
         f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={frame.time_base}:pixel_aspect=1/1"
-        f":colorspace={_UNSPECIFIED if is_rgb else int(frame.colorspace)}:range={int(frame.color_range)}"
+        f":colorspace={UNSPECIFIED if is_rgb else int(frame.colorspace)}:range={int(frame.color_range)}"
     )
 
 
@@ -271,7 +271,7 @@ def _cross_fade(
     width, height = timeline.size
     options = (
         f"video_size={width}x{height}:pix_fmt=yuv420p:time_base={1 / timeline.fps}:frame_rate={timeline.fps}"
-        f":pixel_aspect=1/1:colorspace={_BT709}:range={LIMITED}"
+        f":pixel_aspect=1/1:colorspace={BT709}:range={LIMITED}"
     )
     graph = Graph()
     inputs = [graph.add("buffer", options), graph.add("buffer", options)]

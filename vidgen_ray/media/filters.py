@@ -10,6 +10,9 @@ from typing import Any
 import av
 from av.filter import Graph
 
+BT709, UNSPECIFIED = 1, 2
+"""FFmpeg's numbers of colour matrices: that of BT.709, and a tag that is not set."""
+
 
 def add_chain(graph: Graph, source: Any, filters: Sequence[str]) -> Any:
     """Append filters, written as `name=options`, to a node of the graph. Return the last one."""

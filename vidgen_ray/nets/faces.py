@@ -231,7 +231,8 @@ def _next_multiple(side_px: int) -> int:
 
 _MODELS = {"detection": "scrfd_10g_bnkps.onnx", "recognition": "glintr100.onnx"}
 """Task -> file name in antelopev2."""
-_EMBEDDING = 512
+FACE_EMBEDDING = 512
+"""Numbers of a face embedding."""
 TRIAL_PX = 64
 """Side of the black image for the detector's trial run, in pixels."""
 SCRFD_LEVELS = {9: ((8, 16, 32), 2), 15: ((8, 16, 32, 64, 128), 1)}
@@ -386,14 +387,14 @@ class PackRecogniser:
 
     def __init__(self, model: PackModel) -> None:
         self._model = model
-        expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {_EMBEDDING} numbers"
+        expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {FACE_EMBEDDING} numbers"
         named = f"{expected}, such as {_MODELS['recognition']} of antelopev2"
         with library_errors(f"face pack {model.file}: must be {named}"):
             if model.input_size != (CROP_PX, CROP_PX):
                 raise ValueError(f"it takes {'x'.join(map(str, model.input_size or ('other',)))} pixels")
             self._mean, self._std = (0.0, 1.0) if _normalises(model.file) else (ARCFACE_MEAN, ARCFACE_STD)
             embeddings = self.embed(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8))
-            if embeddings.shape != (1, _EMBEDDING):
+            if embeddings.shape != (1, FACE_EMBEDDING):
                 raise ValueError(f"it returns {embeddings[0].size} numbers")
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.errors import InputChanged, SetupError, StageError
+from vidgen_ray.errors import InputChanged, SetupError, StageError, short_reason
 from vidgen_ray.nets.weight_files import library_errors, not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 from vidgen_ray.system.cache_dir import digest
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 FEW_STEP_LORA = "few_step_lora"
 """Extra weights: a LoRA that distils a model to a few steps, merged when the model is loaded."""
-_MAX_REASON = 200
-"""Maximum number of characters of an error of diffusers in a message. Some list every layer."""
 
 
 class LoraAdapters:
@@ -170,7 +168,7 @@ class LoraAdapters:
         # diffusers' converters of LoRA formats raise many exception types.
         except Exception as error:
             self._unload(name)
-            reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+            reason = short_reason(error)
             raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {reason}") from error
         if self._names:
             pipe.disable_lora()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import SetupError, StageError, short_reason
 from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from vidgen_ray.nets.dense_blocks import DenseTrunk
 
-_MAX_REASON = 200
-"""Maximum number of characters of an error of torch in a message. Some list every tensor."""
 ENDINGS = (".safetensors", ".pth")
 """File endings of weights. The first one wins if both exist."""
 LARGEST_UPSCALER = "x4plus"
@@ -275,7 +273,7 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
         raise StageError(f"upscaler {file.name}: {error}; {advice}") from None
     # Damaged files and near misses of an architecture raise errors of any class.
     except Exception as error:
-        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        reason = short_reason(error)
         raise StageError(f"upscaler {file.name}: cannot be loaded: {reason}") from error
     channels = network.input_channels, network.output_channels
     if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or channels != (3, 3):

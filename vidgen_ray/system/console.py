@@ -15,6 +15,9 @@ from rich.text import Text
 from vidgen_ray.system.quantities import duration
 from vidgen_ray.system.terminal_text import escaped
 
+LINE_EVERY_S = 15.0
+"""Seconds between two lines of progress if standard error is not a terminal."""
+
 
 class Console(rich_console.Console):
     """Console of rich that escapes the text of all it prints. Its own colours and cursor movements are control segments."""

@@ -18,7 +18,7 @@ from av.sidedata.sidedata import Type as SideData
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream, read_packets, video_container
-from vidgen_ray.media.filters import through_filter
+from vidgen_ray.media.filters import BT709, UNSPECIFIED, through_filter
 from vidgen_ray.media.media_file import wrap_errors
 
 _FIELD_FRAMES = 500
@@ -31,10 +31,8 @@ AV_TIME_BASE = 1_000_000
 """FFmpeg's units of a second for the duration of a file."""
 MAX_MISSING_S = 1.0
 """Seconds by which a file may declare to be longer than its frames, without a note."""
-_UNSPECIFIED = 2
-"""FFmpeg's number of a colour tag that is not set."""
-_BT709, BT601 = 1, 6
-"""FFmpeg's numbers of colour matrices. 6 is SMPTE 170M, whose numbers are those of BT.601."""
+BT601 = 6
+"""FFmpeg's number of a colour matrix, SMPTE 170M, whose numbers are those of BT.601."""
 FULL_RANGE = 2
 PQ, HLG = 16, 18
 """FFmpeg's numbers of the transfer functions of HDR video."""
@@ -228,11 +226,11 @@ def _colour_of(frame: Any) -> tuple[Colour, list[str]]:
     full_range = int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
     tags = Colour(int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc), full_range)
     if frame.format.is_rgb:
-        return Colour(_BT709, tags.primaries, tags.transfer, False), ["RGB is encoded as YUV (BT.709)"]
-    if tags.matrix not in (0, _UNSPECIFIED):
+        return Colour(BT709, tags.primaries, tags.transfer, False), ["RGB is encoded as YUV (BT.709)"]
+    if tags.matrix not in (0, UNSPECIFIED):
         return tags, []
     is_sd = frame.width <= LARGEST_SD[0] and frame.height <= LARGEST_SD[1]
-    matrix, name = (BT601, "BT.601") if is_sd else (_BT709, "BT.709")
+    matrix, name = (BT601, "BT.601") if is_sd else (BT709, "BT.709")
     # The upscaled file is larger, so players would assume another matrix for it.
     return Colour(matrix, tags.primaries, tags.transfer, tags.full_range), [f"has no colour tag; {name} is assumed and tagged"]
 

@@ -25,7 +25,7 @@ from vidgen_ray.media.encode import Preset
 from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE
-from vidgen_ray.system.console import Console
+from vidgen_ray.system.console import LINE_EVERY_S, Console
 from vidgen_ray.system.quantities import duration
 from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
 from vidgen_ray.upscale.join import FORMATS
@@ -56,8 +56,6 @@ _OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png"
 """Endings that are not those of a folder."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
 MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
-_LINE_EVERY_S = 15.0
-"""Seconds between two lines of progress if standard error is not a terminal."""
 
 
 @with_options
@@ -365,7 +363,7 @@ def _progress(name: str) -> Iterator[OnFrame]:
                 per_frame_s = (now - begin) / made
                 state += f", {1 / per_frame_s:.2f} frames/s, {duration((total - done) * per_frame_s)} left"
             bar.update(task, completed=done, total=total, state=state)
-            if not console.is_terminal and (is_resumed or now - shown >= _LINE_EVERY_S):
+            if not console.is_terminal and (is_resumed or now - shown >= LINE_EVERY_S):
                 shown = now
                 note(f"{name}: {state}")
 

@@ -23,6 +23,7 @@ from vidgen_ray.online.http_fetch import BlockedUrl
 from vidgen_ray.online.job_service import check_size, client_fields
 from vidgen_ray.online.queue_estimate import JobEstimate, NewJobEstimate
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.store.budgets import SECONDS_PER_HOUR
 from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.store import UnknownJob
@@ -241,7 +242,7 @@ def video_of(server: ServerContext, job: Job, estimate: JobEstimate) -> Video:
 def _cost(server: ServerContext, gpu_seconds: float) -> float | None:
     """Return the cost of seconds of a GPU, or `None` if the server has no price."""
     price = server.settings.gpu_hour_price
-    return None if price is None else round(gpu_seconds * price / _SECONDS_PER_HOUR, 6)
+    return None if price is None else round(gpu_seconds * price / SECONDS_PER_HOUR, 6)
 
 
 async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
@@ -332,8 +333,6 @@ async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJo
     job = await find_job(server, tenant, shot_id)
     return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
 
-
-_SECONDS_PER_HOUR = 3600
 
 estimate_router = APIRouter()
 

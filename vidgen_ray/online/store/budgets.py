@@ -12,7 +12,7 @@ from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store.database import JOBS, USAGE, Database
 
-_SECONDS_PER_HOUR = 3600
+SECONDS_PER_HOUR = 3600
 MAX_CORRECTION = 10.0
 """Largest factor by which estimates are corrected, and the inverse of the smallest."""
 
@@ -58,7 +58,7 @@ class Usage:
     def __init__(self, database: Database, now: Callable[[], float], gpu_hour_price: float | None) -> None:
         self._database = database
         self._now = now
-        self.price = (gpu_hour_price or 0.0) / _SECONDS_PER_HOUR
+        self.price = (gpu_hour_price or 0.0) / SECONDS_PER_HOUR
         """Of a GPU-second."""
 
     def settle(self, connection: Connection, ended: Sequence[Any], is_completed: bool) -> None:
