@@ -103,7 +103,7 @@ def test_preview_shows_both_versions_beside_each_other(run):
     frames, _ = decoded(Path("out/in.preview.mp4"))
     assert (len(frames), frames[0].shape) == (12, (96, 256, 3))
     code, _, errors = run("in.mp4 -o out --preview 1s --deinterlace --force")
-    assert (code, "frames are interlaced; --deinterlace changes nothing" in errors) == (0, True)
+    assert (code, "frames are interlaced; --deinterlace changes nothing" in errors) == (0, True), errors
 
 
 def command_in_a_fork(segment_frames, words):
