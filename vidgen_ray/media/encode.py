@@ -166,7 +166,7 @@ class Mp4Writer(VideoWriter):
                 "crf": str(settings.crf),
                 "preset": settings.preset,
                 "threads": str(settings.threads),
-                # Without this, the result depends on whether the CPU has AVX.
+                # Without this, the result depends on whether the CPU has AVX and, for small videos, on unfilled memory.
                 "x264-params": "cpu-independent=1",
                 **COLOUR_TAGS,
             },

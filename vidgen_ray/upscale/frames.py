@@ -232,7 +232,7 @@ def write_segment(
 def _options(source: VideoSource, settings: EncodeSettings, count: int) -> dict[str, str]:
     hdr = _hdr_options(source, settings.codec)
     if settings.codec == "h264":
-        # Without cpu-independent, the result depends on whether the CPU has AVX.
+        # Without cpu-independent, the result depends on whether the CPU has AVX and, for small videos, on unfilled memory.
         parameters = ["cpu-independent=1", "open-gop=0", *hdr]
         return {
             "crf": str(settings.crf),
