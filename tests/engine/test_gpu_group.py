@@ -24,6 +24,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages import context_parallel, speed
 from vidgen_ray.stages.base import FaceFeatures, Item, progress_callback
 from vidgen_ray.stages.flux import FluxParams, FluxStage
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 from vidgen_ray.stages.svd import SVDParams, SVDStage
 from vidgen_ray.stages.wan import WanParams, WanStage
 from vidgen_ray.weights import resolve
@@ -140,7 +141,13 @@ class Runner:
             quantize="none" if compiled else "fp8_storage",
         )
         svd = SVDParams(weights=resolve("builtin:tiny/svd"), threads=1)
-        self.params = {CountingFlux: flux, CountingSVD: svd, CountingWan: WanParams(weights=weights / wan, threads=1)}
+        upscaler = RealESRGANParams(weights=resolve("builtin:realesrgan"), frames_per_call=2, threads=1)
+        self.params = {
+            RealESRGANStage: upscaler,
+            CountingFlux: flux,
+            CountingSVD: svd,
+            CountingWan: WanParams(weights=weights / wan, threads=1),
+        }
         compiling = {"compile": compiled}
         in_group = self.params | {kind: self.params[kind].model_copy(update=compiling) for kind in (CountingFlux, CountingSVD)}
         self.divided = {kind: self.group.divided(kind, kind.divided(params)) for kind, params in in_group.items()}
@@ -220,6 +227,16 @@ def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runne
     assert tokens == ceil(all_tokens / tokens_by)
 
 
+def test_processes_share_the_chunks_of_a_clip(runner):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+    one, reported = shot(width=64, num_frames=9, upscale_video=True, scale=2, upscaler="animevideov3"), []
+    with progress_callback(lambda *progress: reported.append(progress)):
+        together = runner.divided[RealESRGANStage].run_chunk(one, frames[2:], slice(2, 9))
+    assert len(reported) == ceil(4 / len(list(runner.group.pids)))
+    with RealESRGANStage(runner.params[RealESRGANStage]) as stage:
+        assert np.array_equal(together, stage.run_chunk(one, frames[2:], slice(2, 9)))
+
+
 @pytest.mark.parametrize("runner", [TWO], indirect=True)
 def test_errors_and_cancelled_calls_leave_the_group_usable_and_a_crash_its_worker(runner, monkeypatch):
     stage, before = runner.divided[CountingWan], list(runner.group.pids)
@@ -251,6 +268,8 @@ def test_errors_and_cancelled_calls_leave_the_group_usable_and_a_crash_its_worke
     assert not list(runner.group.pids)
     together, alone, _, _ = runner.both(CountingFlux, picture())
     assert np.array_equal(together, alone)
+    clip_alone = runner.divided[RealESRGANStage].run_chunk(shot(scale=2, upscaler="animevideov3"), together[None])
+    assert clip_alone.shape == (1, 128, 256, 3)
 
 
 def code_columns(rank, processes, meeting, config, sizes, results):

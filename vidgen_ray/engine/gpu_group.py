@@ -13,15 +13,31 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from math import prod
+from mmap import mmap
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.render.oom_fallback import is_out_of_memory, prepare_gpu
-from vidgen_ray.stages.base import Artefacts, Item, Stage, StageParams, progress_callback, report_progress
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import (
+    EVERYTHING,
+    Artefacts,
+    ChunkedStage,
+    Frames,
+    Item,
+    Stage,
+    StageParams,
+    progress_callback,
+    report_progress,
+)
 from vidgen_ray.stages.context_parallel import join_group
 from vidgen_ray.system.free_memory import free_gpu_memory
 
@@ -29,8 +45,8 @@ SAME_ERROR_S = 20.0
 """Seconds after an error in one process in which the others have to end the call, too. An error that all processes meet, such
 as wrong inputs, leaves them usable. Otherwise the others wait for the one that failed, and all are started again."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-RUN, _PROGRESS, _DONE, ERROR = "run", "progress", "done", "error"
-"""Method of a request for a result, and kinds of answers."""
+RUN, _RUN_CHUNK, _PROGRESS, _DONE, ERROR = "run", "run chunk", "progress", "done", "error"
+"""Methods of requests for a result, and kinds of answers."""
 
 StageKind = tuple[type[Stage[Any]], StageParams]
 
@@ -62,7 +78,8 @@ class GpuGroup:
     def divided(self, stage: type[Stage[Any]], params: StageParams) -> Stage[Any]:
         """Return the stage as one that runs in these processes."""
         self._stages[stage.name] = stage, params
-        made: Stage[Any] = type(stage.__name__, (DividedStage, stage), {"group": self})(params)
+        mixin = _DividedClips if issubclass(stage, ChunkedStage) else DividedStage
+        made: Stage[Any] = type(stage.__name__, (mixin, stage), {"group": self})(params)
         return made
 
     def load(self, name: str) -> None:
@@ -78,6 +95,16 @@ class GpuGroup:
         free_gpu_memory()
         result: tuple[Artefacts, tuple[str, ...], int] = self._call(name, RUN, params, item)
         return result
+
+    def run_chunk(self, stage: ChunkedStage[Any], shot: Shot, frames: Frames, chunk: slice | None) -> Frames:
+        """Return the frames, every process having made those of some calls."""
+        free_gpu_memory()
+        shape = stage.output_shape(shot, frames, chunk)
+        with _shared(frames.shape) as (source, source_file), _shared(shape) as (output, output_file):
+            source[:] = frames
+            arguments = (shot, (source_file, frames.shape), chunk, (output_file, shape))
+            self._call(stage.name, _RUN_CHUNK, stage.params, *arguments)
+        return output
 
     def stop(self) -> None:
         """Kill the processes. The next call starts them again and loads the stages that were loaded."""
@@ -142,7 +169,8 @@ class GpuGroup:
                     errors.append(value)
                     deadline = deadline or time.monotonic() + SAME_ERROR_S
             if asking and len(asking) + len(results) == self._gpus:
-                may_continue = not results and _report(*next(iter(asking.values())))
+                # The calls of a chunk may be more in some processes than in others.
+                may_continue = not errors and _report(*next(iter(asking.values())))
                 for pipe in asking:
                     _send(pipe, may_continue)
                 asking.clear()
@@ -181,12 +209,39 @@ class DividedStage(Stage[StageParams]):
                 result, notes, self._adapter_loads = self.group.run(self.name, self.params, item)
                 self.note(*notes)
                 return result
-        if not self._is_loaded_here:
-            super().load()  # type: ignore[safe-super]  # that of the stage, the next base class
-            self._is_loaded_here = True
+        self._load_here()
         result = super().__call__(item)
         self.note(f"computed on one GPU, because several could not work together: {self.group.lost}")
         return result
+
+    def _load_here(self) -> None:
+        if not self._is_loaded_here:
+            super().load()  # type: ignore[safe-super]  # that of the stage, the next base class
+            self._is_loaded_here = True
+
+
+class _DividedClips(DividedStage, ChunkedStage[StageParams]):
+    """The same of a stage that makes clips in chunks: every process makes some of them, alone."""
+
+    def run_chunk(
+        self, shot: Shot, frames: Frames, chunk: slice | None = None, output: Frames | None = None, share: slice = EVERYTHING
+    ) -> Frames:
+        if not self.group.lost:
+            with suppress(GroupLost):
+                return self.group.run_chunk(self, shot, frames, chunk)
+        self._load_here()
+        return super().run_chunk(shot, frames, chunk, output, share)
+
+
+@contextmanager
+def _shared(shape: tuple[int, ...]) -> Iterator[tuple[Frames, str]]:
+    """Yield an array in memory, and a path by which processes of this group can open it. The array stays after the block."""
+    file = os.memfd_create("vidgen-frames")
+    try:
+        os.truncate(file, prod(shape))
+        yield np.frombuffer(mmap(file, prod(shape)), np.uint8).reshape(shape), f"/proc/{os.getpid()}/fd/{file}"
+    finally:
+        os.close(file)
 
 
 def _report(stage: str, done: int, steps: int) -> bool:
@@ -225,6 +280,7 @@ def _serve(pipe: Connection, rank: int, gpus: int, own_gpu: str | None, meeting:
     (device,) = {params.device for _, params in kinds.values()}
     join_group(rank, gpus, meeting, device)
     stages = {name: stage(params) for name, (stage, params) in kinds.items()}
+    calls: dict[str, Callable[..., Any]] = {RUN: _run, _RUN_CHUNK: partial(_run_chunk, slice(rank, None, gpus))}
 
     def on_progress(*progress: Any) -> None:
         pipe.send((_PROGRESS, progress))
@@ -236,7 +292,8 @@ def _serve(pipe: Connection, rank: int, gpus: int, own_gpu: str | None, meeting:
         stage = stages[name]
         try:
             with progress_callback(on_progress):
-                result = _run(stage, *arguments) if method == RUN else getattr(stage, method)(*arguments)
+                run = calls.get(method)
+                result = getattr(stage, method)(*arguments) if run is None else run(stage, *arguments)
             # The result is the same everywhere.
             answer = (_DONE, result if rank == 0 else None)
         except Exception as error:
@@ -251,6 +308,23 @@ def _run(stage: Stage[Any], params: StageParams, item: Item) -> tuple[Artefacts,
     stage.take_notes()
     result = stage(item)
     return result, stage.take_notes(), stage.adapter_loads
+
+
+def _run_chunk(
+    share: slice,
+    stage: Stage[Any],
+    params: StageParams,
+    shot: Shot,
+    source: tuple[str, tuple[int, ...]],
+    chunk: slice | None,
+    output: tuple[str, tuple[int, ...]],
+) -> None:
+    """Write this process' share of the frames. `source`, `output`: path and shape of an array in memory."""
+    assert isinstance(stage, ChunkedStage)
+    stage.params = params
+    frames: Frames = np.memmap(source[0], np.uint8, "r", shape=source[1])
+    made: Frames = np.memmap(output[0], np.uint8, "r+", shape=output[1])
+    stage.run_chunk(shot, frames, chunk, made, share)
 
 
 def _sendable(error: Exception) -> Exception:

@@ -558,6 +558,9 @@ def reference_work(stage: type[Stage[Any]]) -> ShotWork | None:
 
 DARK = 16
 """Value of a pixel below which it is black."""
+EVERYTHING = slice(None)
+_CHUNKS_GAIN = 0.875
+"""Share of a group's GPUs that make chunks at a time: 25 frames in chunks of 4 are 7 chunks on 2, 4 or 8 GPUs."""
 
 
 class ChunkedStage(Stage[P]):
@@ -570,6 +573,14 @@ class ChunkedStage(Stage[P]):
     progress_unit: ClassVar[str] = "frames"
     switch_off: ClassVar[Mapping[str, Any]]
     """Shot fields with which no shot passes this stage."""
+
+    @classmethod
+    def divided(cls, params: P) -> P | None:
+        return params
+
+    @classmethod
+    def gain(cls, gpus: int) -> float:
+        return _CHUNKS_GAIN * gpus
 
     @classmethod
     @abstractmethod
@@ -616,28 +627,38 @@ class ChunkedStage(Stage[P]):
         (source,), (result,) = self.takes, self.writes
         return Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source], None)})  # type: ignore[misc]
 
-    def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
+    def run_chunk(
+        self, shot: Shot, frames: Frames, chunk: slice | None = None, output: Frames | None = None, share: slice = EVERYTHING
+    ) -> Frames:
         """Make the output frames `chunk` from the input frames `source_frames(shot, chunk)`. `None`: a whole clip.
 
         Cut at multiples of `chunk_frames`, any division of a clip gives the same bytes.
+        `output`: array to write to. `share`: calls of `process_chunk` to make of those of the chunk, in their order.
         """
         import torch
 
         with torch.inference_mode(), torch_threads(self.params.threads):
             raise_recompile_limit()
-            return self._run_clip(shot, frames, chunk)
+            return self._run_clip(shot, frames, chunk, output, share)
 
-    def _run_clip(self, shot: Shot, frames: Frames, chunk: slice | None) -> Frames:
+    def output_shape(self, shot: Shot, frames: Frames, chunk: slice | None) -> tuple[int, int, int, int]:
+        """Return the shape of the result of `run_chunk`."""
+        n_frames, height, width, _ = frames.shape
+        n_output = frames_after(n_frames, self.frame_factor(shot)) if chunk is None else chunk.stop - chunk.start
+        return n_output, height * self.scale_factor(shot), width * self.scale_factor(shot), 3
+
+    def _run_clip(
+        self, shot: Shot, frames: Frames, chunk: slice | None, output: Frames | None = None, share: slice = EVERYTHING
+    ) -> Frames:
         import numpy as np
 
-        n_frames, height, width, _ = frames.shape
-        scale = self.scale_factor(shot)
-        whole = slice(0, frames_after(n_frames, self.frame_factor(shot))) if chunk is None else chunk
-        first, n_output = self.source_frames(shot, whole).start, whole.stop - whole.start
-        output = np.empty((n_output, height * scale, width * scale, 3), np.uint8)
+        if output is None:
+            output = np.empty(self.output_shape(shot, frames, chunk), np.uint8)
+        n_output, begin = len(output), 0 if chunk is None else chunk.start
+        first = self.source_frames(shot, slice(begin, begin + n_output)).start
         finished, finish = 0, None
-        for part in frame_chunks(n_output, self.chunk_frames(self.params)):
-            made = slice(whole.start + part.start, whole.start + part.stop)
+        for part in frame_chunks(n_output, self.chunk_frames(self.params))[share]:
+            made = slice(begin + part.start, begin + part.stop)
             source = self.source_frames(shot, made)
             started = self.start_chunk(shot, frames[source.start - first : source.stop - first], made, output[part])
             if finish is not None:
