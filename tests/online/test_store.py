@@ -506,6 +506,7 @@ def test_late_jobs_fail_unless_they_have_started(store, clock):
     store.create(new_job("bob"))
     clock.seconds += 1
     assert claimed(store, 2)[0] == late, "a job that is late is not claimed"
+    store.queue.fail_late()
     store.queue.release("d", [late])
     assert store.get(at_once, "ada").state == JobState.FAILED
     clock.seconds += 9

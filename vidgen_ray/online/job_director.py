@@ -119,6 +119,8 @@ class JobDirector:
         self._woken = asyncio.Event()
         self._may_be_queued = self._may_be_cancelled = True
         """There may be queued jobs, or cancel requests, that the last poll has not found."""
+        self._has_new_usage = True
+        """The metrics do not count the GPU-seconds of all jobs that have ended, such as those of earlier directors."""
         self._last_poll = time.monotonic()
         # Another number than that of a director that has crashed.
         self._changes = time.time_ns()
@@ -142,7 +144,10 @@ class JobDirector:
         self._woken.set()
 
     async def changed(self, seen: int) -> int:
-        """Wait until jobs have changed since the change with the number `seen`. Return the number of the last change."""
+        """Wait until jobs have ended or progressed since the change with the number `seen`. Return the number of the last one.
+
+        That a job has started can wait for the next poll of the API.
+        """
         if seen == self._changes:
             await self._change.wait()
         return self._changes
@@ -265,9 +270,8 @@ class JobDirector:
         ends, self._ends = self._ends, {}
         running = self._running.keys() - ends.keys()
         held = running if is_full or self._may_be_cancelled else set[str]()
-        limit = self._free_slots(len(running))
-        was_woken = self._may_be_queued or self._may_be_cancelled
-        if not (ends or is_full or was_woken):
+        limit = self._free_slots(len(running)) if is_full or self._may_be_queued else 0
+        if not (ends or is_full or self._may_be_queued or self._may_be_cancelled):
             return
         updates: list[JobProgress] = []
         if is_full:
@@ -282,7 +286,7 @@ class JobDirector:
                 if not stored.done():
                     stored.set_exception(error)
             raise
-        if ends or updates or jobs or was_woken:
+        if ends or updates:
             self._changes += 1
             self._change.set()
             self._change = asyncio.Event()
@@ -295,7 +299,7 @@ class JobDirector:
         if self._draining and jobs:
             await asyncio.to_thread(self._store.queue.release, self.owner, [job.id for job in jobs])
             return
-        self._may_be_queued |= len(jobs) == limit > 0
+        self._may_be_queued |= len(jobs) >= limit - self._reserved_slots and limit > 0
         for job in jobs:
             # A running job is claimed again if its claim expired while this process was stalled.
             if job.id not in self._running:
@@ -325,8 +329,10 @@ class JobDirector:
             started = [*held, *(job.id for job in jobs)]
             may_be_over = bool(started and (is_full or jobs) and self._keys.budgets)
             over = self._store.usage.over(started, self._budgets_of) if may_be_over else set[str]()
-        if ends or not self._metrics.has_spent:
+        self._has_new_usage |= bool(ends)
+        if is_full and self._has_new_usage:
             self._metrics.spent(self._store.usage.totals())
+            self._has_new_usage = False
         return results, stopped, jobs, over
 
     def _budgets_of(self, key_id: str) -> Sequence[Budget]:
@@ -515,8 +521,6 @@ class ServerMetrics(EngineMetrics):
         super().__init__(profile)
         self._public_name = public_name
         self._spent: Mapping[tuple[str, str], float] = {}
-        self.has_spent = False
-        """The GPU-seconds of earlier directors are counted."""
 
     def job_started(self, tenant: str, waited_s: float) -> None:
         self._observe("vidgen_online_wait_seconds", waited_s, tenant=self._public_name(tenant))
@@ -537,7 +541,7 @@ class ServerMetrics(EngineMetrics):
         for (key, model), seconds in totals.items():
             if (new := seconds - self._spent.get((key, model), 0.0)) > 0:
                 self._count("vidgen_online_gpu_seconds", new, key=key, model=model)
-        self._spent, self.has_spent = totals, True
+        self._spent = totals
 
     def jobs(self, queued: int, in_progress: int) -> None:
         self._set("vidgen_online_queued", queued)

@@ -174,10 +174,12 @@ class LocalStorage(Storage):
 
         Only a writer without a lease creates the output folder itself.
         """
+        if self._lease_file is not None and not os.path.exists(f"{self._root}/{self._lease_file}"):
+            raise FileNotFoundError(errno.ENOENT, GONE, self._root)
+        if (made := self.local / folder).is_dir():
+            return made
         if self._lease_file is None:
             self.local.mkdir(parents=True, exist_ok=True)
-        elif not os.path.exists(f"{self._root}/{self._lease_file}"):
-            raise FileNotFoundError(errno.ENOENT, GONE, self._root)
         made = self.local
         for name in PurePosixPath(folder).parts:
             made /= name

@@ -110,10 +110,11 @@ def script_line(plan: ShotPlan) -> dict[str, Any]:
 
 def _without_effectless(shot: Shot) -> Shot:
     """Return the shot with the default of every switch that does not change its way through the stages."""
-    for name in SWITCHES:
+    defaults = {name: Shot.model_fields[name].default for name in SWITCHES}
+    for name in [name for name, default in defaults.items() if getattr(shot, name) != default]:
         # Some defaults do not fit other models.
         with suppress(ValidationError):
-            other = Shot.model_validate({**shot.model_dump(), name: Shot.model_fields[name].default})
+            other = Shot.model_validate({**shot.model_dump(), name: defaults[name]})
             if _way(other) == _way(shot):
                 shot = other
     # A script line of a continued shot names the start image instead.

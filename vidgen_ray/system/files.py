@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class ProcessId(NamedTuple):
         return state not in "ZX" and started == self.started
 
 
+@cache
 def this_process() -> ProcessId:
     """Return the identity of this process. The namespace is unknown without a Linux /proc of the own PID namespace."""
     try:
@@ -72,6 +74,9 @@ def this_process() -> ProcessId:
     except OSError:
         pass
     return ProcessId(UNKNOWN, os.getpid(), 0)
+
+
+os.register_at_fork(after_in_child=this_process.cache_clear)
 
 
 def _state_and_start(pid: str) -> tuple[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, case, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, case, func, insert, select, update
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import Budget
@@ -15,7 +15,12 @@ from vidgen_ray.online.store.database import JOBS, USAGE, Database
 SECONDS_PER_HOUR = 3600
 MAX_CORRECTION = 10.0
 """Largest factor by which estimates are corrected, and the inverse of the smallest."""
-
+_ADD = (
+    update(USAGE)
+    .where(*(each == bindparam(f"more_{each.name}") for each in USAGE.primary_key))
+    .values({each: each + bindparam(f"more_{each.name}") for each in USAGE.c if not each.primary_key})
+)
+_COMPARED = select(func.sum(USAGE.c.compared), func.sum(USAGE.c.estimate)).where(USAGE.c.model == bindparam("of_model"))
 
 WINDOWS = {"day": "a day", "month": "a month", "total": "in total"}
 
@@ -72,15 +77,12 @@ class Usage:
                 "compared": row.gpu_seconds if is_completed and row.estimate else 0.0,
                 "estimate": row.estimate if is_completed and row.gpu_seconds else 0.0,
             }
-            same = [USAGE.c[name] == value for name, value in place.items()]
-            add = update(USAGE).where(*same).values({name: USAGE.c[name] + value for name, value in added.items()})
-            if not connection.execute(add).rowcount:
-                connection.execute(insert(USAGE).values({**place, **added}))
+            if not connection.execute(_ADD, {f"more_{name}": value for name, value in (place | added).items()}).rowcount:
+                connection.execute(insert(USAGE), place | added)
 
     def correction(self, connection: Connection, model: str) -> float:
         """Return the factor of measured to estimated GPU-seconds of completed jobs. 1 if there are none."""
-        query = select(func.sum(USAGE.c.compared), func.sum(USAGE.c.estimate)).where(USAGE.c.model == model)
-        measured, estimated = connection.execute(query).one()
+        measured, estimated = connection.execute(_COMPARED, {"of_model": model}).one()
         return min(MAX_CORRECTION, max(1 / MAX_CORRECTION, measured / estimated)) if estimated else 1.0
 
     def check(self, connection: Connection, key_id: str, budgets: Sequence[Budget], wanted: float) -> None:

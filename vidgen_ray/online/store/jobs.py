@@ -170,12 +170,10 @@ END_OWN = (
     .where(JOBS.c.id == bindparam("ended"), *HELD)
     .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at", "request", "key_id", "estimate", "gpu_seconds"]))
 )
-END_LATE = (
-    update(JOBS)
-    .where(IS_OPEN, JOBS.c.state == JobState.QUEUED, JOBS.c.started_at.is_(None), JOBS.c.start_by < bindparam("now"))
-    .returning(*ENDED)
-)
+_IN_TIME = or_(JOBS.c.start_by.is_(None), JOBS.c.started_at.is_not(None), JOBS.c.start_by >= bindparam("now"))
+END_LATE = update(JOBS).where(IS_OPEN, JOBS.c.state == JobState.QUEUED, ~_IN_TIME).returning(*ENDED)
 LATE = JobError(code="deadline_exceeded", message="The job has not started within its deadline.", param="deadline_s")
+_DIRECTOR = select(DIRECTOR_TABLE)
 HELD_BY_ALL = (
     select(JOBS.c.id, JOBS.c.heartbeat)
     .where(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.heartbeat.is_not(None))
@@ -331,7 +329,7 @@ def _make_place(connection: Connection, job: Job, last: int) -> int:
 
 
 def _queue() -> Subquery:
-    """Return all queued jobs with their turn: their number among the jobs of their tenant, after those in progress."""
+    """Return the queued jobs that can start with their turn: their number among those of their tenant, after running ones."""
     busy = (
         select(JOBS.c.tenant, func.count().label("jobs"))
         .where(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS)
@@ -342,14 +340,14 @@ def _queue() -> Subquery:
     return (
         select(*JOBS.c["id", "priority", "place"], turn.label("turn"))
         .select_from(JOBS.outerjoin(busy, JOBS.c.tenant == busy.c.tenant))
-        .where(IS_OPEN, JOBS.c.state == JobState.QUEUED)
+        .where(IS_OPEN, JOBS.c.state == JobState.QUEUED, _IN_TIME)
         .subquery()
     )
 
 
 QUEUE = _queue()
 ALL_QUEUED = select(QUEUE.c.id).order_by(QUEUE.c.turn, QUEUE.c.place)
-"""Ids of all queued jobs, in order."""
+"""Ids of these jobs, in order."""
 FIRST_QUEUED = ALL_QUEUED.limit(bindparam("limit"))
 FIRST_OTHERS = FIRST_QUEUED.where(QUEUE.c.priority != PRIORITIES[0], QUEUE.c.id.not_in(bindparam("claimed", expanding=True)))
 """The first jobs above the lowest priority that are not claimed yet."""
@@ -412,8 +410,7 @@ class JobClaims:
         See `director`.
         """
         with self._database.transaction() as transaction:
-            other = self._director(transaction.connection, claim_s)
-            if other not in (None, owner):
+            if (other := self._director(transaction.connection, claim_s, owner)) is not None:
                 return other
             transaction.connection.execute(delete(DIRECTOR_TABLE))
             transaction.connection.execute(insert(DIRECTOR_TABLE), {"owner": owner, "heartbeat": transaction.version})
@@ -432,9 +429,10 @@ class JobClaims:
         with self._database.read_connection() as connection:
             return self._director(connection, claim_s)
 
-    def _director(self, connection: Connection, claim_s: float) -> str | None:
-        row, now = connection.execute(select(DIRECTOR_TABLE)).one_or_none(), self._steady()
-        if row is None or _has_ended(row.owner):
+    def _director(self, connection: Connection, claim_s: float, owner: str | None = None) -> str | None:
+        """Return the director of the store, `None` also if it is `owner`."""
+        row, now = connection.execute(_DIRECTOR).one_or_none(), self._steady()
+        if row is None or row.owner == owner or _has_ended(row.owner):
             return None
         owner, heartbeat = row
         if self._seen_director is None or self._seen_director[:2] != (owner, heartbeat):
@@ -454,20 +452,20 @@ class JobClaims:
         deadline has passed.
         """
         with self._database.transaction() as transaction:
-            if self._director(transaction.connection, claim_s or CLAIM_S) not in (None, owner):
+            if self._director(transaction.connection, claim_s or CLAIM_S, owner) is not None:
                 return []
-            self.fail_late()
+            now = {"now": self._now()}
             ids: list[str] = []
             if claim_s is not None and (ids := self._expired(transaction, claim_s)):
                 cancelled = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
                 ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-            ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": max(0, limit - reserved - len(ids))})
-            if reserved:
-                ids += transaction.connection.scalars(FIRST_OTHERS, {"claimed": ids, "limit": limit - len(ids)})
+            ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": max(0, limit - reserved - len(ids)), **now})
+            if reserved and len(ids) >= limit - reserved:
+                ids += transaction.connection.scalars(FIRST_OTHERS, {"claimed": ids, "limit": limit - len(ids), **now})
             if not ids:
                 return []
             values = {"owner": owner, "heartbeat": transaction.version, "version": transaction.version}
-            claimed = transaction.connection.execute(CLAIM, {"ids": ids, "now": self._now(), **values})
+            claimed = transaction.connection.execute(CLAIM, {"ids": ids, **now, **values})
             jobs = {row.id: job_of(row) for row in claimed}
             return [jobs[job_id] for job_id in ids]
 

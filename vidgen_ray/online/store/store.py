@@ -335,8 +335,8 @@ class JobStore:
         return dict.fromkeys(OPEN_STATES, 0) | counts
 
     def queue_order(self) -> Sequence[str]:
-        """Return the ids of all queued jobs in the order in which they start."""
-        return [row.id for row in self._database.rows(ALL_QUEUED)]
+        """Return the ids of the queued jobs in the order in which they start, without those whose deadline has passed."""
+        return [row.id for row in self._database.rows(ALL_QUEUED, {"now": self._now()})]
 
     def first_overtaken(self, tenant: str, priority: Priority) -> str | None:
         """Return the id of the first job that a new job would overtake. `None` if it would be the last one of its tenant."""
