@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import EntryPoint, EntryPoints
 from unittest.mock import Mock
@@ -88,6 +90,22 @@ def test_missing_weights_and_unreachable_clusters_exit_with_code_4(tmp_path, cap
     for address, used in (("127.0.0.1:1", "127.0.0.1:1"), ("auto", "127.0.0.1:2")):
         assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", address]) == 4
         assert f"no Ray cluster at '{used}'" in capsys.readouterr().err
+
+
+def test_process_of_a_command_calls_exit_handlers_and_frees_no_objects():
+    code = """
+import atexit, sys
+from vidgen_ray.cli import main
+class Freed:
+    def __del__(self):
+        print("freed", flush=True)
+freed = Freed()
+code = main()
+atexit.register(print, "handled")
+sys.exit(code)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "validate", "none.jsonl"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (3, "handled\n"), ended.stderr
 
 
 def test_exit_codes_are_pinned():
