@@ -1,10 +1,12 @@
 """`vidgen caption`: answers of a server with faults, what is asked again, costs, the demo captioner, and who reads captions."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.dataset import demo_captioner
 from vidgen_ray.dataset.captions import Answer
 from vidgen_ray.dataset.tables import open_tables
+from vidgen_ray.engine.ray_cluster import _unused_ports
 from vidgen_ray.remote import video_server
 from vidgen_ray.report.gallery_page import gallery_rows
 
@@ -67,6 +70,72 @@ def test_faults_of_a_server_lose_no_caption_and_pay_none_twice(tmp_path, server,
         assert caption(outputs, server, options=options) == 0
     assert answered(server, outputs).total() == 6 + 5
     assert rows(outputs, "SELECT count(*), count(DISTINCT clip_sha256) FROM scores") == [(5, 5)]
+
+
+def write_answering_model(folder, answer):
+    """Write a model of images and text that gives this answer to everything: most weights are zero."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        CLIPImageProcessor,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    pieces = ["<pad>", "<image>", "<s>", answer, "</s>", *sorted(ByteLevel.alphabet())]
+    words = Tokenizer(BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
+    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), Fuse()
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+    parts = "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    chat = "{% for message in messages %}" + parts + "{% endfor %}<s>"
+    patches = {"patch_size": 16, "num_additional_image_tokens": 1}
+    side = {"height": 32, "width": 32}
+    processor = CLIPImageProcessor(size=side, crop_size=side), PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    LlavaProcessor(*processor, vision_feature_select_strategy="full", chat_template=chat, **patches).save_pretrained(folder)
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 16, **sizes},
+        text_config={"model_type": "llama", "vocab_size": len(pieces), "num_key_value_heads": 1, "eos_token_id": 4, **sizes},
+        image_token_id=1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    for weights in model.parameters():
+        weights.data.zero_()
+    model.model.language_model.norm.weight.data.fill_(1)
+    for number in (2, 3):  # the answer follows <s>, and </s> the answer
+        model.model.language_model.embed_tokens.weight.data[number, number] = 1
+        model.lm_head.weight.data[number + 1, number] = 1
+    model.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_server_of_transformers_captions_a_folder(tmp_path):
+    """A server that others wrote, with the code paths of a real model."""
+    answer = {"caption": "A person walks.", "facts": [{"fact": "a person", "shown": "yes"}, {"fact": "rain", "shown": "no"}]}
+    model, outputs = str(tmp_path / "model"), folder_of(tmp_path / "out", ["a person walks in rain", "a person"])
+    write_answering_model(model, json.dumps(answer))
+    (port,) = _unused_ports(1)
+    words = ["serve", model, "--device", "cpu", "--dtype", "float32", "--port", str(port)]
+    command = [Path(sys.executable).with_name("transformers"), *words]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=offline, stderr=subprocess.PIPE, text=True) as serving:
+        try:
+            assert any("Uvicorn running" in line for line in serving.stderr)
+            assert main(["caption", outputs.url, "--server", f"http://localhost:{port}", "--model", model]) == 0
+        finally:
+            serving.kill()
+    assert [row[1:5] for row in rows(outputs)] == [("A person walks.", model, 0.5, "rain")] * 2
 
 
 def test_request_that_hangs_is_repeated(tmp_path, server, monkeypatch):
