@@ -80,6 +80,14 @@ def test_help_lists_groups_of_commands_and_the_common_options(capsys):
     assert common | {"--wait-storage", "--cache-gb"} < every
 
 
+def test_deleted_current_folder_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["validate", "none.jsonl"]) == 4
+    assert "the current folder: No such file or directory" in capsys.readouterr().err
+
+
 def test_missing_weights_and_unreachable_clusters_exit_with_code_4(tmp_path, capsys, monkeypatch):
     profile, script = tmp_path / "p.yaml", tmp_path / "s.txt"
     profile.write_text("{name: x, about: y, actors: {flux: {weights: nowhere}}}")

@@ -219,7 +219,9 @@ def _explain(error: Exception) -> int | None:
         return error.exit_code
     if isinstance(error, OSError):
         # A disk, a network share or an object store failed. A run can be resumed when it works again.
-        path = f"{error.filename}: " if error.filename else ""
+        # Without a name, the folder in which the command was started was deleted.
+        unnamed = "the current folder: " if isinstance(error, FileNotFoundError) else ""
+        path = f"{error.filename}: " if error.filename else unnamed
         is_cache = error.filename is not None and Path(str(error.filename)).is_relative_to(cache_dir())
         solved = "Or set VIDGEN_CACHE to another folder" if is_cache else "Run the same command again when this is solved"
         note(f"{path}{str(error.strerror or error).rstrip('.')}. {solved}.")
