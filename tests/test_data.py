@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,6 @@ from tests.fake_stages import FAKES, profile_of_fakes
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
 from vidgen_ray.errors import UsageError
-from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.planner import parse_gpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -62,11 +60,6 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     manifest = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "manifest").to_pylist()}
     assert manifest["s0"]["script"] == "captions"
     assert by_id["s0"]["hd_video"] == str(tmp_path / "out" / manifest["s0"]["hd_video"])
-    # The next execution in this process sees changed files, and shots that were removed.
-    Image.new("RGB", (64, 64), "blue").save(photo)
-    shutil.rmtree(tmp_path / "out" / shot_path("s1"))
-    again = {row["id"]: (row["status"], row["last_run"]) for row in processor(prompts).iter_rows()}
-    assert [again[f"s{n}"] for n in range(3)] == [("done", "rendered"), ("done", "rendered"), ("done", "reused")]
     # Another data set replaces none of them.
     other = build_processor(tiny, tmp_path / "out", name="other", options=RenderOptions(stages=FAKES))
     (row,) = other(ray.data.from_items([{"id": "s2", "prompt": "another"}])).iter_rows()
@@ -114,17 +107,17 @@ def test_lost_task_is_refused_a_second_attempt(tiny, tmp_path):
 
 
 def test_results_have_blocks_of_several_rows_and_no_deprecated_arguments_of_ray(tiny, tmp_path):
-    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False} for n in range(30)])
+    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False} for n in range(12)])
     with warnings.catch_warnings():
         warnings.simplefilter("error", RayDeprecationWarning)
         options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
         processor = build_processor(profile_of_fakes(tiny), tmp_path / "out", name="prompts", options=options)
         ids = [row["id"] for row in processor(dataset).map(lambda row: {"id": row["id"]}).iter_rows()]
-    assert sorted(ids) == sorted(f"s{n}" for n in range(30))
+    assert sorted(ids) == sorted(f"s{n}" for n in range(12))
     # All shots are skipped, so the results of a block are there at once.
     samples = processor(dataset).map(lambda row: {"__key__": row["id"], "bin": Path(row["image"]).read_bytes()})
     samples.write_webdataset(tmp_path / "tars")
-    assert 1 <= len(list((tmp_path / "tars").glob("*.tar"))) < 15
+    assert 1 <= len(list((tmp_path / "tars").glob("*.tar"))) < 6
 
 
 def test_preserve_order_is_refused(tiny, tmp_path):

@@ -3,10 +3,7 @@
 import json
 import signal
 from contextlib import closing
-from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,19 +14,17 @@ from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, use_fakes, with_actor
 from tests.ray_workers import use_small_images
 from vidgen_ray.batch import render_script as render_module
-from vidgen_ray.batch.render_script import _encoding_note, render_shots
+from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import RelativeCost
 from vidgen_ray.media import open_video
-from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run, this_machine
-from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
+from vidgen_ray.planner import Cluster, Node
+from vidgen_ray.planner.demand import ENCODING
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.script.lines import ScriptSettings
@@ -158,18 +153,6 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
         options = json.loads((tmp_path / out / "run.json").read_text())["profile"]["actors"]["svd"]["options"]
         assert options == ({"channels_last": True} if out == "fast" else {})
     assert counts == [(1, 0), (1, 0), (0, 1), (0, 1)]
-
-
-def test_trials_depend_on_the_seconds_planned_for_the_sizes_of_a_script(tiny, tmp_path, own_cache, monkeypatch):
-    """FLUX takes 211 s: kernels of a small image start no faster than those of a large one. By the pixels it would be 82 s."""
-    path = write_lines(tmp_path / "s.jsonl", [{"id": f"{n}", "prompt": "a boat"} for n in range(50)])
-    defaults = {"width": 512, "height": 320, "generate_video": False}
-    script = ScriptSettings(path, run_seed=1, profile_defaults=defaults)
-    profile = with_actor(tiny, "flux", device="cuda", dtype="bfloat16", seconds={}, options={}, trial_options={"compile": True})
-    monkeypatch.setattr(render_module, "run_trials", Mock(side_effect=InterruptedError))
-    monkeypatch.setattr(render_module, "TRIAL_FROM_S", 150.0)
-    with pytest.raises(InterruptedError):
-        render_lines(script, profile, tmp_path / "out", cluster=parse_gpus("1xH100"))
 
 
 def rows_of(out):
@@ -331,25 +314,6 @@ def test_retry_renders_each_line_as_the_run_in_which_it_failed(command, tmp_path
     assert records["wrong"]["shot"]["seed"] == read_script(ScriptSettings(first, 7)).shots[0].seed
 
 
-def test_retry_reads_the_failed_lines_while_it_holds_the_lease(command, tmp_path, monkeypatch):
-    """Another run, for which it has waited, has rendered one of them."""
-    path, out = tmp_path / "s.jsonl", tmp_path / "out"
-    lines = [{"id": id_, "prompt": "raise", "generate_video": False} for id_ in ("a", "b")]
-    render = ("render", write_lines(path, lines), "-o", out, "-p", "tiny")
-    assert command(*render)[0] == 1
-    take = leases._take
-
-    def wait_for_another_run(storage, run):
-        monkeypatch.setattr(leases, "_take", take)
-        write_lines(path, [{**lines[0], "prompt": "a ball"}, lines[1]])
-        assert command(*render)[0] == 1
-        return take(storage, run)
-
-    monkeypatch.setattr(leases, "_take", wait_for_another_run)
-    assert command("retry", out)[0] == 1
-    assert {id_: row["status"] for id_, row in rows_of(out).items()} == {"a": "done", "b": "failed"}
-
-
 def test_refused_run_writes_nothing_and_tries_no_options(command, tiny, tmp_path, own_cache, monkeypatch):
     out, written = tmp_path / "out", []
     path = write_lines(tmp_path / "s.jsonl", [{"id": "a", "prompt": "a ball"}, {"id": "b", "prompt": "raise"}])
@@ -416,29 +380,6 @@ def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resu
     assert json.loads(capsys.readouterr().out)["skipped"] == done
     assert before.items() < digests(tmp_path / "out").items()
     assert not list(tmp_path.rglob(".tmp-*"))
-
-
-def test_clock_that_is_set_changes_neither_the_current_rows_nor_what_is_skipped(in_process, tiny, tmp_path, monkeypatch):
-    for number, days in enumerate((0, -400, 400, -800)):
-
-        class Clock(datetime):
-            step = timedelta(days=days)
-
-            @classmethod
-            def now(cls, tz=None):
-                return datetime.now(tz) + cls.step
-
-        for module in ("manifest", "lease"):
-            monkeypatch.setattr(f"vidgen_ray.outputs.{module}.datetime", Clock)
-        ids = {"same": "x", "new": f"{number}", f"only-{number}": "y"}
-        lines = [{"id": id_, "prompt": prompt, "generate_video": False} for id_, prompt in ids.items()]
-        settings = ScriptSettings(write_lines(tmp_path / "s.jsonl", lines), 1, profile_defaults=tiny.defaults)
-        report = render_lines(settings, tiny, tmp_path / "out", stages=FAKES)
-        assert (report.done, report.skipped) == ((3, 0) if number == 0 else (2, 1))
-        rows = rows_of(tmp_path / "out")
-        assert {id_ for id_, row in rows.items() if row["status"] != "replaced"} == set(ids)
-        assert {rows[id_]["run"] for id_ in ids} == {report.run}
-        assert (rows["new"]["prompt"], report.run[:7]) == (str(number), f"00000{number + 1}-")
 
 
 def test_scripts_of_one_name_are_told_apart_by_path_and_content(command, tmp_path, monkeypatch):
@@ -511,12 +452,3 @@ def test_id_of_another_script_is_rejected_unless_it_is_replaced(command, tmp_pat
     # A script may replace its own shots.
     code, counts, fox = run(write_lines(second, [{**line, "seed": 3}]))
     assert (code, counts, fox != dog) == (0, (1, 0, 0), True)
-
-
-@pytest.mark.parametrize(("encode_s", "needed"), [(1.9, None), (4.1, "5 encoders")])
-def test_run_with_too_few_encoders_says_so(tiny, make_shot, encode_s, needed):
-    planned = replace(plan_run(tiny, demand_of([make_shot()]), this_machine()), shots_per_hour=1800.0)
-    planned = replace(planned, layout=replace(planned.layout, encoders=2))
-    results = Mock(durations={ENCODING: [(encode_s, RelativeCost(1, 1))] * MIN_SHOTS})
-    note = _encoding_note(planned, results)
-    assert note is None if needed is None else f"2 encoders ran, the planned rate needs {needed[0]}" in note

@@ -347,10 +347,9 @@ def stop_for_a_while(processes):
 @pytest.mark.parametrize(
     "fault",
     [
-        "frozen encoder",
         "frozen node",
-        # As the encoder, and as in test_run_survives_crashes_of_workers_encoders_nodes_and_drivers.
-        *(pytest.param(fault, marks=pytest.mark.very_slow) for fault in ("frozen worker", "workers killed")),
+        # As in tests/engine/test_actor_start.py, and as in test_run_survives_crashes_of_workers_encoders_nodes_and_drivers.
+        *(pytest.param(fault, marks=pytest.mark.very_slow) for fault in ("frozen encoder", "frozen worker", "workers killed")),
     ],
 )
 def test_fault_of_a_process_costs_no_line(nodes, connected, profile, tmp_path, monkeypatch, capsys, fault):  # noqa: F811
@@ -468,6 +467,7 @@ def test_run_whose_storage_hangs_ends_and_gives_its_gpus_back(connected, command
         assert {(row.id, row.status) for row in read_manifest(out)} == {(f"s{n:02}", "done") for n in range(8)}
 
 
+@pytest.mark.very_slow
 @pytest.mark.timeout(600)
 def test_run_continues_when_its_output_folder_is_mounted_again(nodes, command, tmp_path):
     out, stored, log = tmp_path / "out", tmp_path / "stored", tmp_path / "log"

@@ -1,6 +1,5 @@
 """Comparison of clips: factors, pairs, intervals, and the page."""
 
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -171,25 +170,6 @@ def test_pairs_of_several_persons_with_one_prompt_and_seed_are_counted_one_by_on
     assert all("11 of 12 clips have no scores of other; run: vidgen score" in text for text in (printed.err, page))
 
 
-def test_terminal_without_utf8_shows_plain_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = _folder(tmp_path / "é→", [_swept(0, 0.2, likeness=0.5, motion=1.0), _swept(0, 0.8, likeness=0.3, motion=1.0)])
-    for encoding, place in (("latin-1", "é->/compare.html"), ("ascii", "\\xe9->/compare.html")):
-        stdout = io.TextIOWrapper(io.BytesIO(), encoding)
-        monkeypatch.setattr("sys.stdout", stdout)
-        assert main(["compare", str(folder.root)]) == 0
-        stdout.flush()
-        printed = stdout.buffer.getvalue().decode(encoding)
-        assert "-0.2" in printed
-        assert printed.rstrip().endswith(place)
-
-
-def test_few_prompts_have_no_interval(tmp_path: Path) -> None:
-    rows = [_swept(line, strength, seed, score=strength) for line in (0, 1) for seed in (0, 1) for strength in (0.0, 1.0)]
-    (_, level) = _compare(_folder(tmp_path, rows))["identity_strength"]["levels"].values()
-    reason = "4 pairs of 2 prompts; an interval needs 5 prompts"
-    assert level["differences"]["score"] == {"pairs": 4, "mean": 1.0, "low": None, "high": None, "reason": reason}
-
-
 def test_levels_that_another_exceeds_are_named_and_measures_without_a_difference_are_left_out(tmp_path: Path) -> None:
     points = {0.2: (0.3, 3.0), 0.4: (0.5, 2.0), 0.6: (0.4, 1.0), 0.8: (0.5, 2.0)}
     rows = [_swept(line, level, likeness=face, motion=px, cuts=2.0) for line in (0, 1) for level, (face, px) in points.items()]
@@ -204,26 +184,6 @@ def test_levels_that_another_exceeds_are_named_and_measures_without_a_difference
     assert "The same for all clips: cuts 2, seconds 1, file bytes 1 kB." in page
     text = " 0.6: 0.4 is higher in one of the two and not lower in the other. Left to choose from: 0.2, 0.4, 0.8."
     assert text in " ".join(page.split())
-
-
-def test_measures_are_ranked_by_their_difference_and_those_without_one_are_folded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    noise = np.random.default_rng(0).normal(size=(4, 16))
-    rises = {"luma": 3.0, "flicker": 0.0, "cuts": 30.0, "likeness": 0.0}
-    rows = []
-    for line, strength in product(range(8), (0.2, 0.8)):
-        number = 2 * line + (strength == 0.8)
-        scores = {name: noise[each, number] + rise * strength for each, (name, rise) in enumerate(rises.items())}
-        rows.append(_swept(line, strength, **scores))
-    folder = _folder(tmp_path, rows)
-    factor = _compare(folder)["identity_strength"]
-    assert (factor["measures"], factor["equal"]) == (["cuts", "luma", "likeness", "flicker"], ["flicker"])
-    assert main(["compare", str(folder.root)]) == 0
-    assert "Other measures that differ most: cuts, luma." in capsys.readouterr().out
-    shown, folded = (tmp_path / "compare.html").read_text().split("Measures without a clear difference: 1")
-    assert re.findall(r'<th scope="row">(\w+)', shown) == ["cuts", "luma", "likeness"]
-    assert re.findall(r'<th scope="row">(\w+)', folded) == ["flicker"]
 
 
 def test_unknown_factors_and_levels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,16 +191,10 @@ def run_trainer(folder, *arguments):
     return done.stdout.rpartition("\n")[2]
 
 
+@pytest.mark.very_slow
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize(
-    "target",
-    [
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("simpletuner:wan21-14b", "finetrainers:wan21-14b", "diffsynth:ltx2")
-        ),
-        *(pytest.param(name, marks=pytest.mark.very_slow) for name in ("simpletuner:hunyuan", "diffsynth:wan22-5b")),
-    ],
+    "target", ["simpletuner:wan21-14b", "simpletuner:hunyuan", "finetrainers:wan21-14b", "diffsynth:ltx2", "diffsynth:wan22-5b"]
 )
 def test_data_code_of_the_trainer_reads_what_used_json_says(target, shapes, tmp_path, packages):
     package, prompts = packages(target.partition(":")[0]), {row.id: row.prompt for row in read_manifest(shapes)}

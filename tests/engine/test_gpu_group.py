@@ -67,9 +67,6 @@ class CountingFlux(FluxStage):
 
 
 class CountingSVD(SVDStage):
-    def load(self):
-        load_without_code(super().load)
-
     def run(self, item):
         return count_tokens(self, self.pipe.unet.mid_block, item, super().run, dim=0)
 
@@ -148,8 +145,7 @@ class Runner:
             CountingSVD: svd,
             CountingWan: WanParams(weights=weights / wan, threads=1),
         }
-        compiling = {"compile": compiled}
-        in_group = self.params | {kind: self.params[kind].model_copy(update=compiling) for kind in (CountingFlux, CountingSVD)}
+        in_group = self.params | {CountingFlux: flux.model_copy(update={"compile": compiled})}
         self.divided = {kind: self.group.divided(kind, kind.divided(params)) for kind, params in in_group.items()}
         for stage in self.divided.values():
             stage.load()
@@ -197,27 +193,28 @@ def picture(**fields):
 FACE = {"face_image": "photo.png"}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "guided clip",
-        "clip by SVD",
-        "odd image",
-        pytest.param("face with LoRA", marks=pytest.mark.very_slow),
-        "face with two passes",
-    ],
-)
-def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, weights, kind):
+@pytest.mark.parametrize("kind", ["guided clip", "clip by SVD", "odd image"])
+def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, kind):
     processes = len(list(runner.group.pids))
+    compare(
+        runner,
+        *{
+            "guided clip": (CountingWan, clip(guidance=5.0), 2, processes // 2),
+            "clip by SVD": (CountingSVD, guided_by_image(), 1, 2),
+            "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), 1, processes),
+        }[kind],
+    )
+
+
+# Compiled, it takes 40 seconds.
+@pytest.mark.parametrize("runner", [pytest.param(*TWO.values, id=TWO.id, marks=pytest.mark.very_slow), FOUR], indirect=True)
+def test_face_with_a_lora_and_two_passes_is_divided(runner, weights):
     lora = {"lora": [{"path": str(weights / "lora.safetensors")}], "mode": "fast"}
-    one_pass, halves = (1, processes), (2, processes // 2)
-    stage, item, (calls_by, tokens_by) = {
-        "guided clip": (CountingWan, clip(guidance=5.0), halves),
-        "clip by SVD": (CountingSVD, guided_by_image(), (1, 2)),
-        "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), one_pass),
-        "face with LoRA": (CountingFlux, picture(**FACE, **lora), one_pass),
-        "face with two passes": (CountingFlux, picture(**FACE, negative_prompt="blurred"), halves),
-    }[kind]
+    item = picture(**FACE, **lora, negative_prompt="blurred")
+    compare(runner, CountingFlux, item, 2, len(list(runner.group.pids)) // 2)
+
+
+def compare(runner, stage, item, calls_by, tokens_by):
     together, alone, own_notes, notes = runner.both(stage, item)
     assert alone.std() > 5
     assert np.abs(together.astype(int) - alone).max() <= TOLERANCE

@@ -236,5 +236,5 @@ class Directors(RuleBasedStateMachine):
 
 
 def test_spending_is_capped_while_directors_crash(new_database):
-    settings = hypothesis_settings(max_examples=20, stateful_step_count=40, deadline=None)
+    settings = hypothesis_settings(max_examples=8, stateful_step_count=30, deadline=None)
     run_state_machine_as_test(lambda: Directors(new_database()), settings=settings)

@@ -195,12 +195,6 @@ class TestManifest:
         assert not (outputs.root / "failures.jsonl").exists()
         assert sorted(path.name for path in outputs.root.iterdir()) == ["manifest"]
 
-    def test_runs_are_ordered_by_the_number_of_their_lease(self, outputs):
-        earlier, later = "999999-x", "1000000-x"
-        write(outputs, earlier, row(earlier, "a"), close=False)
-        write(outputs, later, failed(later, "a"))
-        assert table(outputs) == {"a": (later, "failed")}
-
     @pytest.mark.parametrize("close", [False, True])
     def test_rows_of_a_run_that_was_cut_off_do_not_replace_those_of_the_next_run(self, outputs, close):
         """The clock was set back between the runs: the number of the lease orders them."""

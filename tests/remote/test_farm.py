@@ -21,7 +21,7 @@ from tests.remote.fake_server import HEIGHT, WIDTH, FakeServer, colour_of, profi
 from vidgen_ray.media import open_video, write_png
 from vidgen_ray.outputs.manifest import read_manifest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.very_slow
 
 ROOT = Path(__file__).parents[2]
 FAULTS = (
