@@ -34,23 +34,24 @@ class DirectorClient:
 
     def __init__(self, director: Any) -> None:
         self._director = director
-        self._has_news = False
+        self._news = set[bool]()
+        """Arguments of calls of `wake` that the director has not got."""
         self._waking: asyncio.Task[None] | None = None
         self._seen = 0
         self._changed: asyncio.Task[None] | None = None
 
-    def wake(self) -> None:
-        """Wake the director for new jobs or cancel requests. One call at a time: none pile up while the director is down."""
-        self._has_news = True
+    def wake(self, has_cancels: bool) -> None:
+        """Wake the director, as `NotifyDirector`. One call at a time: none pile up while the director is down."""
+        self._news.add(has_cancels)
         if self._waking is None or self._waking.done():
             self._waking = asyncio.ensure_future(self._wake())
 
     async def _wake(self) -> None:
-        while self._has_news:
-            self._has_news = False
+        while news := self._news:
+            self._news = set()
             # A restarted director polls the store anyway.
             with suppress(*unreachable()):
-                await self._director.wake.remote()
+                await self._director.wake.remote(True in news)
 
     async def changed(self) -> None:
         """Wait until the director has stored changes of jobs after the last call, at most `_POLL_S`."""

@@ -78,10 +78,10 @@ def make_app(
     keys: ApiKeys,
     *,
     changed: Callable[[], Awaitable[None]],
-    jobs_changed: NotifyDirector = lambda: None,
+    jobs_changed: NotifyDirector = lambda _: None,
     missing: Callable[[], Awaitable[str | None]] = _nothing,
 ) -> FastAPI:
-    """Return the app of a server: its API and its web page. `changed`: see `JobFeed`; `jobs_changed`: see `JobService`.
+    """Return the app of a server: its API and its web page. `changed`: see `JobFeed`; `jobs_changed`: see `NotifyDirector`.
 
     `missing` returns what the server lacks to run jobs, for `/readyz`.
 

@@ -138,9 +138,10 @@ class JobDirector:
 
     # Remote methods
 
-    async def wake(self) -> None:
-        """Poll the store now: there are new jobs or cancel requests."""
-        self._may_be_queued = self._may_be_cancelled = True
+    async def wake(self, has_cancels: bool = True) -> None:
+        """Poll the store now: there are new jobs, and cancel requests if `has_cancels`."""
+        self._may_be_queued = True
+        self._may_be_cancelled |= has_cancels
         self._woken.set()
 
     async def changed(self, seen: int) -> int:
@@ -271,7 +272,7 @@ class JobDirector:
         running = self._running.keys() - ends.keys()
         held = running if is_full or self._may_be_cancelled else set[str]()
         limit = self._free_slots(len(running)) if is_full or self._may_be_queued else 0
-        if not (ends or is_full or self._may_be_queued or self._may_be_cancelled):
+        if not (ends or is_full or held or limit):
             return
         updates: list[JobProgress] = []
         if is_full:

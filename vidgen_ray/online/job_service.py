@@ -57,8 +57,8 @@ QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 ERASE_RETRY_S = 2
 
-NotifyDirector = Callable[[], None]
-"""Wakes the director. Without this call it finds the change at its next poll."""
+NotifyDirector = Callable[[bool], None]
+"""Wakes the director: there are new jobs, or, if True, jobs to cancel. Without this call it finds them at its next poll."""
 
 
 class Erased(NamedTuple):
@@ -83,9 +83,8 @@ class JobService:
         store: JobStore,
         outputs: OutputFolder,
         serving_profile: ServingProfile,
-        jobs_changed: NotifyDirector = lambda: None,
+        jobs_changed: NotifyDirector = lambda _: None,
     ) -> None:
-        """`jobs_changed` is called when there are new jobs, or jobs to cancel."""
         self._settings = settings
         self._store = store
         self._outputs = outputs
@@ -142,7 +141,7 @@ class JobService:
             seconds = None if error.resets_at is None or not error.can_pass_later else error.resets_at - time.time()
             raise over_budget(str(error), seconds) from None
         if created:
-            self.jobs_changed()
+            self.jobs_changed(False)
         return stored
 
     def _store_new(
@@ -174,13 +173,13 @@ class JobService:
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
         job = await in_write_thread(self._store.request_cancel, job_id, tenant.name)
-        self.jobs_changed()
+        self.jobs_changed(True)
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Hide a job and cancel it. Return False if the tenant has no such job."""
         deleted = await in_write_thread(self._store.delete, job_id, tenant.name)
-        self.jobs_changed()
+        self.jobs_changed(True)
         return deleted
 
     async def erase_character(self, tenant: Tenant, character: Character, *, with_videos: bool) -> Erased:
