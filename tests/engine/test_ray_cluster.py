@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import ray
-from ray._private import node, parameter
+from ray._private import node, parameter, services, utils
 
 from vidgen_ray.engine import ray_cluster, ray_internals
 from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, RayStartTimeout, _unused_ports, init_local_ray, within
@@ -94,11 +94,13 @@ def test_local_ray_starts_only_services_that_are_used(local_ray):
 
 
 def test_ray_is_changed_during_its_start_only(monkeypatch):
-    before = parameter.RayParams, node.Node.start_api_server
-    meanwhile = []
-    monkeypatch.setattr(ray, "init", lambda **_: meanwhile.extend((parameter.RayParams, node.Node.start_api_server)))
+    def changed_names():
+        return parameter.RayParams, node.Node.start_api_server, services.get_node, utils.get_dashboard_dependency_error
+
+    before, meanwhile = changed_names(), []
+    monkeypatch.setattr(ray, "init", lambda **_: meanwhile.extend(changed_names()))
     init_local_ray(num_cpus=1, log_to_driver=False)
-    assert (parameter.RayParams, node.Node.start_api_server) == before
+    assert changed_names() == before
     assert all(changed is not original for changed, original in zip(meanwhile, before, strict=True))
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
+from unittest.mock import patch
 
 import grpc
 import ray
 from ray._private import node as node_module
-from ray._private import parameter, ray_constants, services, state
+from ray._private import parameter, ray_constants, services, state, utils
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
@@ -24,6 +26,8 @@ START_TIMEOUT = "timed out during startup"
 """Text in Ray's error when its processes do not start within 30 s."""
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 """Parameters of Ray for the ports of its agents."""
+NODE_POLL_S, NODE_WAIT_S = 0.02, 10.0
+"""Seconds between two looks whether the node has started, and until Ray waits for it in its own way."""
 
 
 @contextmanager
@@ -32,12 +36,8 @@ def keep_loopback_address() -> Iterator[None]:
 
     On Linux it replaces that address by the one of a network interface, and most of its ports then listen on all interfaces.
     """
-    replace_loopback = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
+    with patch.object(services, "resolve_ip_for_localhost", lambda host: host):
         yield
-    finally:
-        services.resolve_ip_for_localhost = replace_loopback
 
 
 @contextmanager
@@ -45,22 +45,32 @@ def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> It
     """Let `ray.init` start neither a server for the dashboard nor an autoscaler, and not wait for its agents.
 
     Ray starts both even without a dashboard and for one machine, waits for the server, then waits until its agents have chosen
-    their ports. `ports`: that of each of `AGENT_PORTS`. `log_to_driver`: start the monitor of log files, which only the output
-    of workers needs.
+    their ports. It asks once a second whether its node has started, and imports packages of the dashboard to see whether it has
+    them. `ports`: that of each of `AGENT_PORTS`. `log_to_driver`: start the monitor of log files, which only the output of
+    workers needs.
     """
-    make_params, start_server = parameter.RayParams, node_module.Node.start_api_server
+    make_params, get_node = parameter.RayParams, services.get_node
     fixed: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver, **ports}
 
     def make_params_without_services(**params: Any) -> parameter.RayParams:
         given = {name: value for name, value in params.items() if value is not None}
         return make_params(**{**params, **fixed, **given})
 
-    parameter.RayParams = make_params_without_services
-    node_module.Node.start_api_server = lambda self, **_: None
-    try:
+    def get_started_node(gcs_address: str, node_id: str) -> Any:
+        known = state.GlobalState()
+        known._initialize_global_state(services._get_gcs_client_options(gcs_address))
+        deadline_s = time.monotonic() + NODE_WAIT_S
+        while all(node["NodeID"] != node_id for node in known.node_table()) and time.monotonic() < deadline_s:
+            time.sleep(NODE_POLL_S)
+        return get_node(gcs_address, node_id)
+
+    with (
+        patch.object(parameter, "RayParams", make_params_without_services),
+        patch.object(node_module.Node, "start_api_server", lambda self, **_: None),
+        patch.object(services, "get_node", get_started_node),
+        patch.object(utils, "get_dashboard_dependency_error", lambda: None),
+    ):
         yield
-    finally:
-        parameter.RayParams, node_module.Node.start_api_server = make_params, start_server
 
 
 def actor_table() -> dict[str, dict[str, Any]]:
