@@ -24,6 +24,7 @@ from vidgen_ray.engine.messages import LOADING
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
+from vidgen_ray.nets.deferred_imports import rare_garbage_collection
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.render.oom_fallback import has_cuda_driver, prepare_gpu
@@ -281,7 +282,7 @@ class Worker:
             runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=self._config.profile.checker)
             # On a machine without GPUs, the weights stay where they are loaded.
             self._waits = bool(spec.gpus)
-            with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
+            with load_lock(self._parallel_loads) if spec.gpus else nullcontext(), rare_garbage_collection():
                 self._waits = False
                 runner.load()
             self._device = gpu_of_process() if spec.gpus else ""

@@ -6,14 +6,15 @@ torch's compiler, distributed tensors, sympy and scipy are more than half of the
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.metadata
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.metadata import packages_distributions
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ GUARDS: Mapping[str, Callable[..., bool]] = {
 }
 """What functions of `symbolic_shapes`, which imports sympy, do with sizes that are numbers."""
 IMPORTED_OBJECTS = 100_000
-"""Objects after which Python looks for garbage while packages are imported."""
+"""New objects after which Python looks for garbage while packages are imported."""
 _lock = threading.RLock()
 
 
@@ -110,6 +111,23 @@ class _Finder(MetaPathFinder, Loader):
 finder = _Finder()
 
 
+class _Distributions(Mapping[str, list[str]]):
+    """What `packages_distributions` returns, read when it is needed: that takes a fifth of a second."""
+
+    @cached_property
+    def _found(self) -> Mapping[str, list[str]]:
+        return packages_distributions()
+
+    def __getitem__(self, package: str) -> list[str]:
+        return self._found[package]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 def _is_compiled_module(module: object) -> bool:
     """Return what diffusers' function of this name returns. That one imports the compiler if nothing is compiled."""
     compiler = sys.modules.get("torch._dynamo")
@@ -121,18 +139,25 @@ def _unless_meta(initialise: Callable[..., Any], tensor: Any, *arguments: Any, *
 
 
 @contextmanager
+def rare_garbage_collection() -> Iterator[None]:
+    """Look for garbage less often in the block. What is imported and loaded stays: the search takes a sixth of the time."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(IMPORTED_OBJECTS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+@contextmanager
 def deferred_packages() -> Iterator[None]:
     """Do not import the packages of `DEFERRED` in the block. Other threads must not import them meanwhile."""
-    with _lock:
+    with _lock, rare_garbage_collection():
         finder.packages = {each for each in DEFERRED if each not in sys.modules}
         sys.meta_path.insert(0, finder)
-        # What is imported stays: looking for garbage in it takes a sixth of the time.
-        thresholds = gc.get_threshold()
-        gc.set_threshold(IMPORTED_OBJECTS)
         try:
             yield
         finally:
-            gc.set_threshold(*thresholds)
             sys.meta_path.remove(finder)
             for package in [*finder.packages]:
                 finder.drop(package)
@@ -158,7 +183,7 @@ def deferred_imports(device: str, *, compiles: bool = False) -> Iterator[None]:
         without_tensors = patch.object(torch.distributed, "is_available", return_value=False)
         # Networks are built without memory first. Their random numbers would be those of a compiler, in Python.
         skipped = patch.object(torch.nn.init, "normal_", partial(_unless_meta, torch.nn.init.normal_))
-        with without_tensors, skipped:
+        with without_tensors, skipped, patch.object(importlib.metadata, "packages_distributions", _Distributions):
             import diffusers.utils.torch_utils
 
             diffusers.utils.torch_utils.is_compiled_module = _is_compiled_module
