@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from importlib.metadata import entry_points
 from itertools import takewhile
+from operator import attrgetter
 from typing import Any, NamedTuple
+
+from cachetools import cached
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
@@ -118,6 +121,10 @@ def max_loras(profile: Profile) -> int:
     )
 
 
+_choices_of = attrgetter("generate_video", *sorted({stage.chosen_by for stage in STAGES}))
+
+
+@cached({}, key=lambda shot: (STAGES, _choices_of(shot)))
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
     """Return the stages that the shot passes, in order."""
     return tuple([stage for stage in STAGES if stage.applies(shot)])

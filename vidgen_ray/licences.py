@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,7 +11,7 @@ from pydantic import Field
 from vidgen_ray.errors import LicenceError, StrictModel
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.weights.ledger import WeightLicence, licence_of
 
@@ -38,36 +38,46 @@ class UsedWeights(StrictModel):
         return UsedWeights(weights=reference, **known)
 
 
+_Loaded = tuple[tuple[type[Stage[Any]], tuple[str, ...], tuple[LoraRef, ...]], ...]
+"""Stages of a shot, each with the names of its extra weights and its LoRAs."""
+
+
+def _loaded(shot: Shot, stages: Iterable[type[Stage[Any]]] | None = None) -> _Loaded:
+    passed = stages_of(shot) if stages is None else stages
+    return tuple([(stage, tuple(stage.used_extra_weights(shot)), stage.active_loras(shot)) for stage in passed])
+
+
 class ShotLicences:
     """Finds the weights behind the shots of a profile."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._of = cache(self._licence)
-        self._own = cache(lambda stage: tuple(self._own_references(stage)))
+        self._used = lru_cache(lambda loaded: tuple(map(self._of, self._references(loaded))))
 
     def __call__(self, shot: Shot, stages: Iterable[type[Stage[Any]]] | None = None) -> tuple[UsedWeights, ...]:
         """Return the weights that the shot passes, in order, each once. Stages without an actor have none.
 
         `stages`: those of the shot, if they are known.
         """
-        return tuple(map(self._of, self.references(shot, stages)))
+        return self._used(_loaded(shot, stages))
 
-    def references(self, shot: Shot, stages: Iterable[type[Stage[Any]]] | None = None) -> tuple[str, ...]:
-        """Return the references of the weights that the shot passes, in order, each once. See `__call__`."""
-        passed = stages_of(shot) if stages is None else stages
-        return tuple(dict.fromkeys(each for stage in passed for each in self._references(stage, shot)))
+    def references(self, shot: Shot) -> tuple[str, ...]:
+        """Return the references of the weights that the shot passes, in order, each once."""
+        return self._references(_loaded(shot))
 
     def of_stage(self, stage: type[Stage[Any]]) -> tuple[UsedWeights, ...]:
         """Return the weights that every shot of the stage passes."""
         return tuple(map(self._of, self._own_references(stage)))
 
-    def _references(self, stage: type[Stage[Any]], shot: Shot) -> Iterator[str]:
-        yield from self._own(stage)
-        actor = self._profile.actors.get(stage.actor)
-        extra = {} if actor is None else actor.extra_weights
-        yield from (extra[name] for name in stage.used_extra_weights(shot) if name in extra)
-        yield from (lora.path for lora in stage.active_loras(shot))
+    def _references(self, loaded: _Loaded) -> tuple[str, ...]:
+        found: list[str] = []
+        for stage, extra_names, loras in loaded:
+            actor = self._profile.actors.get(stage.actor)
+            extra = {} if actor is None else actor.extra_weights
+            found += (*self._own_references(stage), *(extra[name] for name in extra_names if name in extra))
+            found += [lora.path for lora in loras]
+        return tuple(dict.fromkeys(found))
 
     def _own_references(self, stage: type[Stage[Any]]) -> Iterator[str]:
         if (actor := self._profile.actors.get(stage.actor)) is not None:

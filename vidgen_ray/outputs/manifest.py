@@ -185,7 +185,7 @@ class _Columns(BaseModel):
         """Return the row of a rendered, reused or failed shot. Values are not validated again, for speed."""
         place = {"run": run, "script": script, "line": line, "last_run": last_run}
         if isinstance(result, ManifestRow):
-            return result.model_copy(update={**place, "status": "done", "ended_at": _now()})
+            return _row(**{**vars(result), **place, "status": "done"})
         if isinstance(result, Failure):
             return _row(**place, **_shot_columns(shot), **_failure_columns(result))
         return _row(**place, **{**_shot_columns(shot), **_result_columns(result)})

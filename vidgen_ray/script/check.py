@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,8 +142,8 @@ class LineChecker:
             raise ScriptError([FieldError(self.source, None, *each) for each in wrong])
 
     def check(self, line: Line) -> Line:
-        """Return the line with its shots or its errors. It has no `id` yet unless it brings a valid one."""
-        line = replace(line, source=self.source, script=self.script or self.source, script_line=line.number)
+        """Set the shots or the errors of the line, and return it. It has no `id` yet unless it brings a valid one."""
+        line.source, line.script, line.script_line = self.source, self.script or self.source, line.number
         if line.errors:
             return line
         own = {name: _whole_number(name, value) for name, value in line.fields.items()}
@@ -529,9 +529,9 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
     """Yield field and advice for each field that the line sets to another value than the default, but its shot does not use."""
     if CHECKED.isdisjoint(own) and not any("." in name for name in own):
         return
-    passed = stages_of(shot)
+    read = _fields_read(tuple([(stage, stage.uses_identity(shot)) for stage in stages_of(shot)]))
     for name in _set_fields(own):
-        if name in NOTED and not any(_reads(stage, name, shot) for stage in passed):
+        if name in NOTED and name not in read and not (name == "lora" and _has_lora(read, shot)):
             if shot.continue_from is not None and name in OF_THE_IMAGE:
                 yield name, "the shot starts from the last frame of another one, which is not changed"
                 continue
@@ -561,11 +561,15 @@ def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _reads(stage: type[Stage[Any]], field: str, shot: Shot) -> bool:
-    if field in stage.reads or (field in stage.identity_fields and stage.uses_identity(shot)):
-        return True
-    derived = [name for name, fields in DERIVED_FIELDS.items() if field in fields and name in stage.reads]
-    return field == "lora" and any(getattr(shot, name) for name in derived)
+@cache
+def _fields_read(passed: tuple[tuple[type[Stage[Any]], bool], ...]) -> frozenset[str]:
+    """Return the fields that these stages read. True: together with those of its identity."""
+    return frozenset(name for stage, uses in passed for name in (*stage.reads, *(stage.identity_fields if uses else ())))
+
+
+def _has_lora(read: frozenset[str], shot: Shot) -> bool:
+    """Return whether a stage reads the LoRAs of the shot under another name."""
+    return any(getattr(shot, name) for name, fields in DERIVED_FIELDS.items() if "lora" in fields and name in read)
 
 
 class ShippedPhoto(NamedTuple):

@@ -140,7 +140,7 @@ def _rename(line: Line, columns: Columns) -> None:
 
 def _json_line(source: str, number: int, text: str) -> Line:
     try:
-        value = json.loads(text, object_pairs_hook=_reject_duplicates)
+        value = _decode_json(text)
     except _DuplicateField as duplicate:
         return unreadable_line(source, number, "the field twice", "must appear only once", field=duplicate.field, text=text)
     except (ValueError, RecursionError) as error:
@@ -157,6 +157,9 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
         raise _DuplicateField(next(name for name, count in counts.items() if count > 1))
     return out
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_reject_duplicates).decode
 
 
 def read_txt(path: Path, columns: Columns) -> tuple[Header, Lines]:

@@ -180,6 +180,9 @@ def unique_lines(lines: Iterable[Line], index: ScriptIndex) -> Lines:
             for number, shot in enumerate(line.shots):
                 assert shot.id is not None
                 line_of[shot.id] = line.number
+                if len(line.shots) == 1:
+                    yield line
+                    break
                 results = line.results[number : number + 1]
                 yield replace(line, shots=(shot,), results=results, notes=() if number else line.notes)
             continue
