@@ -201,11 +201,11 @@ class ShotPlanner:
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
         self._weights_of = cached(
             LRUCache(CACHED_DIGESTS),
-            key=lambda stage, shot: (stage, *[getattr(shot, field) for field in stage.weight_fields]),
+            key=lambda stages, shot: (stages, *[getattr(shot, field) for field in _weight_fields(stages)]),
             lock=Lock(),
         )(self._hash_weights)
 
-    def __call__(self, shot: Shot, salt: str = "", stages: Sequence[type[Stage[Any]]] | None = None) -> ShotPlan:
+    def __call__(self, shot: Shot, salt: str = "", stages: tuple[type[Stage[Any]], ...] | None = None) -> ShotPlan:
         """Plan a shot. Shots with different `salt` share no key. `stages`: those of the shot, if they are known.
 
         Raises StageError or SetupError if the shot names something that does not exist, or has no start frame yet.
@@ -252,7 +252,7 @@ class ShotPlanner:
         loras = {lora.path: self._lora_digest(lora.path) for lora in shot.all_loras}
         return {path: self._digest(path) for path in images} | loras
 
-    def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
+    def _steps_of(self, shot: Shot, stages: tuple[type[Stage[Any]], ...], salt: str) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
         fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot)) for stage in stages])
         values = {
@@ -262,8 +262,9 @@ class ShotPlanner:
         start = _object(START_FIELDS if shot.image else (), values)
         key = _sha256(f'["start",{start},{_json(salt)}]')
         steps = []
-        for stage, fields in zip(stages, fields_of_stages, strict=True):
-            weights, weights_json = self._weights_of(stage, shot)
+        for stage, fields, (weights, weights_json) in zip(
+            stages, fields_of_stages, self._weights_of(stages, shot), strict=True
+        ):
             parts = (
                 f'"{stage.name}"',
                 str(stage.version),
@@ -293,11 +294,13 @@ class ShotPlanner:
         expert = (lora.expert,) if isinstance(lora, VideoLora) else ()
         return self._lora_digest(lora.path), lora.weight, *expert
 
-    def _hash_weights(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
-        """Return the digests of the stage's weights for the shot, and the same as JSON."""
-        files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
-        digests = tuple(self._digest(str(file)) for file in files)
-        return digests, _json(digests)
+    def _hash_weights(self, stages: tuple[type[Stage[Any]], ...], shot: Shot) -> list[tuple[tuple[str, ...], str]]:
+        """Return for each stage the digests of its weights for the shot, and the same as JSON."""
+        shot, hashed = with_local_loras(shot), []
+        for stage in stages:
+            digests = tuple(self._digest(str(file)) for file in stage.weight_files(self._params[stage.name], shot))
+            hashed.append((digests, _json(digests)))
+        return hashed
 
 
 def is_result_of(plan: ShotPlan, record: Mapping[str, Any]) -> bool:
@@ -339,6 +342,12 @@ def _plain_fields(fields_of_stages: tuple[tuple[str, ...], ...]) -> tuple[tuple[
     names = tuple({*START_FIELDS, *chain.from_iterable(fields_of_stages)} - NOT_PLAIN_FIELDS)
     # `steps.flux` names a nested field.
     return names, attrgetter(*names)
+
+
+@cache
+def _weight_fields(stages: tuple[type[Stage[Any]], ...]) -> tuple[str, ...]:
+    """Return the fields that determine the weights of these stages, each once."""
+    return tuple(dict.fromkeys(field for stage in stages for field in stage.weight_fields))
 
 
 def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:

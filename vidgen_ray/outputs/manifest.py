@@ -185,7 +185,7 @@ class _Columns(BaseModel):
         """Return the row of a rendered, reused or failed shot. Values are not validated again, for speed."""
         place = {"run": run, "script": script, "line": line, "last_run": last_run}
         if isinstance(result, ManifestRow):
-            return _row(**{**vars(result), **place, "status": "done"})
+            return _row(**{**vars(result), **_settings_of(shot), **place, "seed": result.seed, "status": "done"})
         if isinstance(result, Failure):
             return _row(**place, **_shot_columns(shot), **_failure_columns(result))
         return _row(**place, **{**_shot_columns(shot), **_result_columns(result)})
@@ -548,7 +548,7 @@ _COLUMNS = (
 )
 """Columns of the manifest that a look-up and the row of a reused shot need."""
 Finished = ShotRecord | ManifestRow
-"""A finished shot: its record, or its row in the manifest if that holds."""
+"""A finished shot: its record, or its row in the manifest if that holds. Without settings, which are those of its line."""
 
 
 class FinishedShots:
@@ -620,7 +620,7 @@ class FinishedShots:
                 continue
             has_files = any(row[name] is not None for name in SHOT_FILES)
             if has_key and has_files and not with_stages and (trusted if in_object_store else self._holds_on_disk(row)):
-                found[number] = _row(**{**_settings_of(plan.shot), **row, "line": None})
+                found[number] = _row(**row)
             else:
                 unsure.append(number)
         if in_object_store:
