@@ -71,7 +71,7 @@ def _first_line(error: Exception) -> str:
 
 def _smaller(shape: Sequence[int], on_gpu: bool) -> list[int]:
     """Return the shape, a small one on a CPU."""
-    return list(shape) if on_gpu else [max(1, min(size, 32)) for size in shape]
+    return list(shape) if on_gpu else [max(1, min(size, 16)) for size in shape]
 
 
 def attention_rates(on_gpu: bool) -> Table:

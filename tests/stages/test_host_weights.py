@@ -280,7 +280,6 @@ assert used_before or not different, different
         ({}, "used before"),
         ({"ATEN_CPU_CAPABILITY": "avx2"}, ""),
         ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, ""),
-        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, ""),
     ],
 )
 def test_products_do_not_depend_on_where_operands_lie(variables, when):
