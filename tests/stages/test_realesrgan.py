@@ -3,6 +3,7 @@
 import sys
 import types
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from tests.stages.test_parity import levels_apart
 from vidgen_ray.errors import Cancelled, SetupError, StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import realesrgan
-from vidgen_ray.stages.base import progress_callback
+from vidgen_ray.stages.base import progress_callback, torch_threads
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, Transfers
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.builtin import UPSCALERS, read_realesrgan
@@ -119,6 +120,17 @@ def test_tiles_leave_no_trace(dtype, tolerance, scale):
     whole = upscaled_floats(loaded(dtype=dtype), frame, scale, "animevideov3")
     tiled = upscaled_floats(loaded(dtype=dtype, tile_px=32, tile_overlap_px=20), frame, scale, "animevideov3")
     np.testing.assert_allclose(tiled, whole, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("n_frames", [1, 3, 4])
+def test_two_threads_change_no_bit(n_frames):
+    network = loaded()._network("animevideov3")
+    pixels = torch.rand((n_frames, 3, 36, 52), generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch_threads(1):
+        expected = realesrgan.forward(network, pixels)
+        made = realesrgan.in_two_threads(partial(realesrgan.forward, network), pixels)
+    assert torch.equal(made, expected)
+    assert made.stride() == expected.stride()
 
 
 def test_other_spandrel_architectures_equal_spandrels_own_call(tmp_path):

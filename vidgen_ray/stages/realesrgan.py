@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -213,7 +214,8 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         """Return the function that runs the network: (T, 3, H, W) -> (T, 3, own scale * H, own scale * W)."""
         run: Callable[[torch.Tensor], torch.Tensor] = partial(forward, network)
         if not self.params.dense_kernel:
-            return run
+            is_serial = self.params.device == "cpu" and self.params.threads == 1 and network.architecture.id in UNCLAMPED
+            return partial(in_two_threads, run) if is_serial else run
         from vidgen_ray.nets.dense_blocks import DenseTrunk, supports
 
         if id(network) not in self._trunks and supports(network.model):
@@ -296,6 +298,21 @@ def forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.T
         return output
     # spandrel's call takes one image. It pads it to a size that the network accepts and clamps the output to 0..1.
     return torch.cat([network(image[None]) for image in pixels])
+
+
+def in_two_threads(run: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor) -> torch.Tensor:
+    """Return `run(frames)`, half of the frames from each of two threads. Two threads of torch could change the last bits."""
+    import torch
+
+    def run_half(half: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return run(half)
+
+    if len(frames) == 1:
+        return run(frames)
+    # A new thread would start with as many threads of torch as there are cores.
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return torch.cat([*pool.map(run_half, frames.tensor_split(2))])
 
 
 def _forward_compact(model: Any, pixels: torch.Tensor) -> torch.Tensor:
