@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-PROGRAMS = (Path("/usr/bin/chromium"), Path("/usr/bin/chromium-browser"))
+PROGRAMS = (Path("/usr/bin/chromium-headless-shell"), Path("/usr/bin/chromium"), Path("/usr/bin/chromium-browser"))
 
 
 @contextmanager
