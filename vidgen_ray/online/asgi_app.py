@@ -167,13 +167,13 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
 def _add_api(app: FastAPI) -> None:
     """Add the API's routes and OpenAPI document to the app."""
     for each in (
+        image_routes.router,
         # Before videos: /v1/videos/{video_id} matches /v1/videos/characters, too.
         input_routes.character_router,
         video_routes.estimate_router,
         video_routes.router,
         content_routes.sync_router,
         content_routes.router,
-        image_routes.router,
         video_routes.shot_router,
         router,
         input_routes.file_router,
