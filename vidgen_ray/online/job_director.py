@@ -145,10 +145,7 @@ class JobDirector:
         self._woken.set()
 
     async def changed(self, seen: int) -> int:
-        """Wait until jobs have ended or progressed since the change with the number `seen`. Return the number of the last one.
-
-        That a job has started can wait for the next poll of the API.
-        """
+        """Wait until jobs have ended or progressed after the change `seen`. Return the number of the last such change."""
         if seen == self._changes:
             await self._change.wait()
         return self._changes

@@ -410,11 +410,10 @@ class JobClaims:
         See `director`.
         """
         with self._database.transaction() as transaction:
-            if (other := self._director(transaction.connection, claim_s, owner)) is not None:
-                return other
-            transaction.connection.execute(delete(DIRECTOR_TABLE))
-            transaction.connection.execute(insert(DIRECTOR_TABLE), {"owner": owner, "heartbeat": transaction.version})
-        return None
+            if (other := self._director(transaction.connection, claim_s, owner)) is None:
+                transaction.connection.execute(delete(DIRECTOR_TABLE))
+                transaction.connection.execute(insert(DIRECTOR_TABLE), {"owner": owner, "heartbeat": transaction.version})
+        return other
 
     def step_down(self, owner: str) -> None:
         """Let another director claim jobs at once."""
