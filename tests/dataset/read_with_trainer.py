@@ -178,7 +178,7 @@ def compare_rules(trainer):
     compare, sides = globals()[f"rules_{trainer}"], st.integers(32, 1400).map(lambda side: side * 2)
     rates, models = st.sampled_from([5, 8, 15, 16, 23.976, 24, 25, 30, 60]), st.sampled_from([*TRAINERS[trainer].models])
 
-    @settings(max_examples=500, deadline=None, database=None)
+    @settings(max_examples=200, deadline=None, database=None)
     @given(st.builds(SourceClip, st.integers(1, 300), rates, sides, sides), models)
     def check(clip, model):
         target = parse_target(f"{trainer}:{model}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -17,6 +18,7 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server
 from vidgen_ray.engine.ray_cluster import _private_folder
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online import application, server_plan
 from vidgen_ray.online.application import build
 from vidgen_ray.online.auth import hash_key, is_loopback
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -28,27 +30,24 @@ import grpc, psutil
 from ray import serve
 from vidgen_ray.engine.ray_cluster import init_local_ray, requires_token
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online import application, server_plan
 from vidgen_ray.online.application import build
 from vidgen_ray.online.server_settings import OnlineSettings
 
 init_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=100_000_000, _temp_dir=sys.argv[1])
 found = {"requires_token": requires_token(), "refused": []}
-def try_to_build(host):
-    try:
-        build(OnlineSettings(profile="tiny", data=sys.argv[2], host=host))
-    except SetupError as error:
-        found["refused"].append(str(error))
-
 for keys in ("", os.environ.pop("KEYS")):
     os.environ["VIDGEN_API_KEYS"] = keys
-    try_to_build("0.0.0.0")
+    try:
+        build(OnlineSettings(profile="tiny", data=sys.argv[2], host="0.0.0.0"))
+    except SetupError as error:
+        found["refused"].append(str(error))
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class Nothing:
     pass
 
-serve.start(http_options={"host": os.environ["SERVE_HOST"], "port": int(os.environ["SERVE_PORT"])})
-try_to_build("127.0.0.1")
+serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["SERVE_PORT"])})
 serve.run(Nothing.bind())
 sockets = [
     (process.name(), connection.laddr)
@@ -81,20 +80,6 @@ def test_no_other_user_can_enter_the_folder_of_ray(monkeypatch):
         Path("/tmp/ray-999999999").rmdir()
 
 
-def ray_with(mode: str | None, tmp_path: Path, short: Path, host: str = "127.0.0.1") -> dict:
-    """Run the program in a process with a home folder of its own and return what it found. `host`: that of Serve."""
-    with socket.create_server((host, 0)) as free:
-        serve = {"SERVE_HOST": host, "SERVE_PORT": str(free.getsockname()[1])}
-    environment = {**os.environ, **serve, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "KEYS": f"ada={hash_key('k')}"}
-    environment.pop("RAY_AUTH_MODE")
-    if mode is not None:
-        environment["RAY_AUTH_MODE"] = mode
-    command = [sys.executable, "-c", PROGRAM, str(short), str(tmp_path / "data")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
-
-
 @pytest.fixture
 def short(tmp_path_factory):
     """Folder with a short path: paths of sockets are limited to 107 characters."""
@@ -111,7 +96,14 @@ def test_ha_proxy_is_refused_at_any_host(monkeypatch):
 
 @pytest.mark.slow
 def test_local_ray_requires_its_token_and_listens_on_loopback(tmp_path, short):
-    found = ray_with(None, tmp_path, short)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    own = {"SERVE_PORT": str(port), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "KEYS": f"ada={hash_key('k')}"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | own
+    command = [sys.executable, "-c", PROGRAM, str(short), str(tmp_path / "data")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
     assert found["requires_token"]
     beyond = [(name, ip) for name, ip, _ in found["listening"] if not is_loopback(ip.removeprefix("::ffff:"))]
     assert {name for name, _ in beyond} <= {"ray::ServeReplica:default:Nothing"}, beyond
@@ -123,16 +115,23 @@ def test_local_ray_requires_its_token_and_listens_on_loopback(tmp_path, short):
     assert (tmp_path / ".ray").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.slow
-def test_server_beyond_loopback_is_refused_without_token_authentication(tmp_path, short):
-    found = ray_with("disabled", tmp_path, short, host="0.0.0.0")
-    assert not found["requires_token"]
-    assert found["grpc"] != ["UNAUTHENTICATED"]
-    without_keys, with_keys, with_another_host_of_serve = found["refused"]
-    assert with_another_host_of_serve == with_keys
-    assert "vidgen keys new" in without_keys
-    assert "ray get-auth-token --generate" in with_keys
-    assert "export RAY_AUTH_MODE=token" in with_keys
+def test_server_beyond_loopback_is_refused_without_keys_and_token_authentication(monkeypatch):
+    def refusal(keys="", host="127.0.0.1", host_of_serve="127.0.0.1", token_is_required=False):
+        monkeypatch.setenv("VIDGEN_API_KEYS", keys)
+        monkeypatch.setattr(application, "serve_http_config", lambda: SimpleNamespace(host=host_of_serve))
+        monkeypatch.setattr(server_plan, "requires_token", lambda: token_is_required)
+        try:
+            build(OnlineSettings(host=host))
+        except SetupError as error:
+            return str(error)
+
+    for name in ("server_plan", "parts_of", "application"):
+        monkeypatch.setattr(application, name, lambda *_: None)
+    keys = f"ada={hash_key('k')}"
+    assert "vidgen keys new" in refusal(host="0.0.0.0", token_is_required=True)
+    assert "export RAY_AUTH_MODE=token" in refusal(keys, host="0.0.0.0")
+    assert refusal(keys, host_of_serve="0.0.0.0") == refusal(keys, host="0.0.0.0")
+    assert refusal() is refusal(keys, host="0.0.0.0", token_is_required=True) is None
 
 
 def test_files_of_a_server_are_closed_to_other_users(tiny, tmp_path):
