@@ -363,7 +363,7 @@ def test_tests_run_from_the_source_distribution(tmp_path):
     folder = tmp_path / archive.name.removesuffix(".tar.gz")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
     assert [file for file in tracked if not (folder / file).exists()] == []
-    sample = ["tests/test_deploy.py", "tests/test_docs.py", "tests/test_benchmarks.py", "tests/script"]
+    sample = ["tests/test_deploy.py", "tests/script"]
     program = "import vidgen_ray, sys, pytest; print(vidgen_ray.__file__); sys.exit(pytest.main(sys.argv[1:]))"
     run = subprocess.run(
         [sys.executable, "-c", program, "-n", "0", *sample],

@@ -3,7 +3,9 @@
 import json
 import signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,17 +16,19 @@ from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, use_fakes, with_actor
 from tests.ray_workers import use_small_images
 from vidgen_ray.batch import render_script as render_module
-from vidgen_ray.batch.render_script import render_shots
+from vidgen_ray.batch.render_script import _encoding_note, render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
+from vidgen_ray.graph import RelativeCost
 from vidgen_ray.media import open_video
+from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node
-from vidgen_ray.planner.demand import ENCODING
+from vidgen_ray.planner import Cluster, Node, demand_of, plan_run, this_machine
+from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.script.lines import ScriptSettings
@@ -314,6 +318,25 @@ def test_retry_renders_each_line_as_the_run_in_which_it_failed(command, tmp_path
     assert records["wrong"]["shot"]["seed"] == read_script(ScriptSettings(first, 7)).shots[0].seed
 
 
+def test_retry_reads_the_failed_lines_while_it_holds_the_lease(command, tmp_path, monkeypatch):
+    """Another run, for which it has waited, has rendered one of them."""
+    path, out = tmp_path / "s.jsonl", tmp_path / "out"
+    lines = [{"id": id_, "prompt": "raise", "generate_video": False} for id_ in ("a", "b")]
+    render = ("render", write_lines(path, lines), "-o", out, "-p", "tiny")
+    assert command(*render)[0] == 1
+    take = leases._take
+
+    def wait_for_another_run(storage, run):
+        monkeypatch.setattr(leases, "_take", take)
+        write_lines(path, [{**lines[0], "prompt": "a ball"}, lines[1]])
+        assert command(*render)[0] == 1
+        return take(storage, run)
+
+    monkeypatch.setattr(leases, "_take", wait_for_another_run)
+    assert command("retry", out)[0] == 1
+    assert {id_: row["status"] for id_, row in rows_of(out).items()} == {"a": "done", "b": "failed"}
+
+
 def test_refused_run_writes_nothing_and_tries_no_options(command, tiny, tmp_path, own_cache, monkeypatch):
     out, written = tmp_path / "out", []
     path = write_lines(tmp_path / "s.jsonl", [{"id": "a", "prompt": "a ball"}, {"id": "b", "prompt": "raise"}])
@@ -452,3 +475,12 @@ def test_id_of_another_script_is_rejected_unless_it_is_replaced(command, tmp_pat
     # A script may replace its own shots.
     code, counts, fox = run(write_lines(second, [{**line, "seed": 3}]))
     assert (code, counts, fox != dog) == (0, (1, 0, 0), True)
+
+
+@pytest.mark.parametrize(("encode_s", "needed"), [(1.9, None), (4.1, "5 encoders")])
+def test_run_with_too_few_encoders_says_so(tiny, make_shot, encode_s, needed):
+    planned = replace(plan_run(tiny, demand_of([make_shot()]), this_machine()), shots_per_hour=1800.0)
+    planned = replace(planned, layout=replace(planned.layout, encoders=2))
+    results = Mock(durations={ENCODING: [(encode_s, RelativeCost(1, 1))] * MIN_SHOTS})
+    note = _encoding_note(planned, results)
+    assert note is None if needed is None else f"2 encoders ran, the planned rate needs {needed[0]}" in note

@@ -170,6 +170,13 @@ def test_pairs_of_several_persons_with_one_prompt_and_seed_are_counted_one_by_on
     assert all("11 of 12 clips have no scores of other; run: vidgen score" in text for text in (printed.err, page))
 
 
+def test_few_prompts_have_no_interval(tmp_path: Path) -> None:
+    rows = [_swept(line, strength, seed, score=strength) for line in (0, 1) for seed in (0, 1) for strength in (0.0, 1.0)]
+    (_, level) = _compare(_folder(tmp_path, rows))["identity_strength"]["levels"].values()
+    reason = "4 pairs of 2 prompts; an interval needs 5 prompts"
+    assert level["differences"]["score"] == {"pairs": 4, "mean": 1.0, "low": None, "high": None, "reason": reason}
+
+
 def test_levels_that_another_exceeds_are_named_and_measures_without_a_difference_are_left_out(tmp_path: Path) -> None:
     points = {0.2: (0.3, 3.0), 0.4: (0.5, 2.0), 0.6: (0.4, 1.0), 0.8: (0.5, 2.0)}
     rows = [_swept(line, level, likeness=face, motion=px, cuts=2.0) for line in (0, 1) for level, (face, px) in points.items()]

@@ -526,6 +526,22 @@ def test_small_sets_get_the_nearest_division_and_clips_never_move(splits):
             found = later
 
 
+def test_division_of_many_groups_is_near_if_their_hashes_miss_it():
+    """Half of all clips are those of one person."""
+    sizes = [200, *[1] * 200]
+    for number in range(3):
+        rows = [(id_, f"{prompt} of {number}", None) for id_, prompt, _ in rows_of_groups(sizes)]
+        assert Counter(split_of(rows, {"train": 0.8, "val": 0.2}).values()) == pytest.approx({"train": 320, "val": 80}, abs=40)
+
+
+def test_removed_clips_keep_their_split_in_a_set_that_was_large():
+    rows, places = rows_of_groups([1] * 60), {}
+    before = split_of(rows, places=places)
+    split_of(rows[:5], done={id_: before[id_] for id_, *_ in rows[:5]}, places=places)
+    for others in (rows[:25], rows[5:30], rows[35:]):
+        assert split_of(others, places=dict(places)) == {id_: before[id_] for id_, *_ in others}
+
+
 def test_splits_that_cannot_hold_are_refused(capsys):
     rows = [(f"a{number}", f"p{number}", "Ada") for number in range(9)] + [("b", "p", "Bo")]
     assert sorted(Counter(split_of(rows).values()).values()) == [1, 9]

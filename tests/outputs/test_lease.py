@@ -125,6 +125,13 @@ def test_lease_of_another_namespace_is_taken_after_two_minutes_without_a_refresh
     take(outputs, "r1")
 
 
+def test_run_that_waits_for_a_lease_refreshes_its_own(disk, watching):
+    write_lease(disk, ELSEWHERE)
+    own = disk.root / ".running-r1"
+    watching += [lambda: os.utime(own, (0, 0)), lambda: own.stat().st_mtime and disk.storage.delete(lease_name(disk))]
+    take(disk, "r1")
+
+
 def test_every_lease_has_a_larger_number(outputs, watching):
     numbers = []
     outputs.storage.write("20261130-notes.txt", b"")
@@ -314,3 +321,14 @@ def test_command_stops_when_its_lease_is_lost(disk, monkeypatch, command):
     with pytest.raises(SetupError, match="this run lost its lease"):
         command(disk)
     assert len(list(disk.root.glob("shots/*/*/image.png"))) == 2
+
+
+def test_first_workspace_of_a_process_removes_those_of_ended_processes(s3, tmp_path, monkeypatch):
+    """Nothing else removes leftovers on worker nodes, which hold no lease."""
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
+    folders = [tmp_path / "unfinished" / f"{temporary_prefix(owner)}x" for owner in (ENDED, ELSEWHERE, this_process())]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with s3.storage.workspace("shots"):
+        pass
+    assert set((tmp_path / "unfinished").iterdir()) == set(folders[1:])

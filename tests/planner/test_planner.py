@@ -14,6 +14,7 @@ from vidgen_ray.cli.plan import print_plan
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, relative_costs
 from vidgen_ray.planner import (
+    SHOTS_PER_SWAP,
     Cluster,
     Demand,
     Measurement,
@@ -315,6 +316,13 @@ def test_director_limits_the_rate_of_tiny_shots():
     assert (few.bottleneck, few.shots_per_hour) == ("flux", pytest.approx(16 * 5 * 3600, rel=1e-3))
     assert (many.bottleneck, many.shots_per_hour) == ("director", pytest.approx(3600 / choose_layout.DIRECTOR_S))
     assert [any("split the script" in note for note in each.notes) for each in (few, many)] == [False, True]
+
+
+def test_window_depends_on_slots_and_swaps_and_is_limited_by_shots():
+    assert plan_run(gpu_profile(B6), make_demand(400), parse_gpus("8x80GB")).layout.window == 24
+    assert plan_run(gpu_profile(B6), make_demand(400), parse_gpus("1x48GB")).layout.window == 2 * SHOTS_PER_SWAP
+    few = plan_run(gpu_profile(B6), make_demand(5), parse_gpus("8x80GB")).layout
+    assert (few.window, len(few.slots)) == (5, 5)
 
 
 def test_price_and_max_cost():
