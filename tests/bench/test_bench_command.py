@@ -6,7 +6,7 @@ import pytest
 
 from tests.fake_stages import with_actor
 from vidgen_ray.bench import bench_command, published_models
-from vidgen_ray.bench.bench_command import BenchOptions
+from vidgen_ray.bench.bench_command import BenchOptions, bench_stages
 from vidgen_ray.bench.published_models import random_model, random_pipeline
 from vidgen_ray.cli import main
 from vidgen_ray.graph import relative_costs
@@ -82,6 +82,22 @@ class SlowStage(FluxStage):
         SlowStage.clock += 5 + 2 * steps + (0 if SlowStage.calls else 30)
         SlowStage.calls += (steps,)
         return {}
+
+
+def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, make_shot):
+    monkeypatch.setattr(bench_command, "stages_of", lambda shot: (SlowStage,))
+    monkeypatch.setattr(bench_command.time, "perf_counter", lambda: SlowStage.clock)
+    monkeypatch.setattr(SlowStage, "calls", ())
+    shot = make_shot(face_image=("examples/faces/astronaut.jpg",), identity="none", width=1024, height=576)
+    (result,) = bench_stages(tiny, [shot], BenchOptions(steps=(4, 14), repeats=2))
+    measured = result.measurement
+    assert result.problem is None
+    assert (measured.step_s, measured.fixed_s, measured.warmup_s) == (2, 5, 30)
+    assert SlowStage.calls == (14, 14, 14, 4, 4, 4)
+    long = shot.model_copy(update={"steps": shot.steps.model_copy(update={"flux": 14})})
+    assert measured.seconds_of_reference == pytest.approx(
+        5 / FluxStage.relative_fixed_cost(long) + 2 * 14 / FluxStage.relative_cost(long)
+    )
 
 
 def test_bench_with_random_weights_needs_no_files_and_marks_the_results(cache, capsys, monkeypatch):

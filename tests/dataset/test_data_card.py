@@ -1,11 +1,14 @@
 """The data card: what it says, how it escapes, and what the libraries of the hub and of Croissant read in it."""
 
 import json
+import re
 import shlex
 import shutil
 from itertools import pairwise, product
 from xml.etree import ElementTree
 
+import duckdb
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -220,6 +223,15 @@ def test_samples_show_each_person_and_then_each_factor_and_histograms_the_scores
     assert read_provenance(card / "card/samples.webp").known_type == "trainedAlgorithmicMedia"
     names = sorted(path.stem.rpartition("-")[0] for path in (card / "card").glob("*.svg"))
     assert names == ["has-face", "na-me-", "sharpness"]
+
+
+def test_histogram_shows_all_values():
+    values = np.repeat(np.arange(data_card.BINS), np.arange(1, data_card.BINS + 1)) * 1.0
+    with duckdb.connect() as database:
+        database.register("clips", pyarrow.table({"motion": values}))
+        picture = data_card._histogram(database, "motion", {})
+    bars = re.findall(r"M([0-9.]+) 124v-([0-9.]+)", picture["svg"])
+    assert [round(float(height) * data_card.BINS / 90) for _, height in bars] == list(range(1, data_card.BINS + 1))
 
 
 def test_same_rows_give_the_same_bytes_in_an_object_store(card, source):

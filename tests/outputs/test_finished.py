@@ -76,6 +76,18 @@ def test_columns_of_the_row_are_kept_also_if_the_record_is_read(on_disk, plan_of
     assert (by_row.licences, by_row.commercial_use) == (["MIT", None], "unknown")
 
 
+def test_last_row_of_an_id_counts_and_shots_without_a_row_are_found_by_their_record(outputs, plan_of):
+    old, new, failed_later, without_row = plan_of("a"), plan_of("a", prompt="new"), plan_of("b"), plan_of("c")
+    write_run(outputs, RUNS[0], old, failed_later)
+    write_run(outputs, RUNS[1], new)
+    write(outputs, RUNS[2], failed(RUNS[2], "b"))
+    commit(outputs, without_row)
+    finished = FinishedShots.load(outputs)
+    assert len(finished) == 1
+    assert [done is not None for done in finished.find([old, new, failed_later, without_row])] == [False, True, True, True]
+    assert found(outputs, new, with_stages=True) == [False], "has no debug files"
+
+
 def test_shot_with_damaged_files_is_not_finished(on_disk, plan_of):
     plans = [plan_of(name) for name in "abc"]
     write_run(on_disk, RUNS[0], *plans)

@@ -409,6 +409,23 @@ def test_fixed_share_of_shots_with_the_same_steps_and_of_a_bench(cache_folder):
         assert planned.stage_seconds["svd"] == pytest.approx(seconds)
 
 
+def test_bench_of_upscalers_is_kept_by_a_run_and_applies_to_their_shots_only(cache_folder):
+    size = "1024x576x25"
+    seconds = {"x4plus": 0.1, "other": 3.0}
+    save_measurements(
+        "p", "c", {"realesrgan": [Measurement(size=size, variant=name, seconds_of_reference=s) for name, s in seconds.items()]}
+    )
+    save_calibration("p", "c", {"realesrgan": [(2.0, RelativeCost(1.0, 1.0))] * 3})
+    calibration = load_calibration("p", "c")
+    assert (calibration["realesrgan"].seconds_of_reference, calibration["realesrgan"].variants) == (2.0, seconds)
+    shots = [Shot(prompt="a", upscaler=name) for name in ("animevideov3", "x4plus")]
+    planned = plan_run(gpu_profile(B6), demand_of(shots), parse_gpus("1x80GB"), calibration=calibration)
+    x4plus = 0.1 * relative_costs(shots[1])["realesrgan"].steps
+    assert planned.stage_seconds["realesrgan"] == pytest.approx((2.0 + x4plus) / 2)
+    save_measurements("p", "c", {"realesrgan": [Measurement(size=size, variant="other", seconds_of_reference=1.0)]})
+    assert load_calibration("p", "c")["realesrgan"].variants == {"x4plus": 0.1, "other": 1.0}
+
+
 def test_plan_uses_the_bench_of_the_nearest_size_until_a_run_has_measured_the_stage(cache_folder):
     sizes = {"512x512x25": 5.0, "1024x576x25": 22.0, "1024x576x100": 90.0, "2048x1152x25": 120.0}
     save_measurements("p", "c", {"svd": [Measurement(size=size, seconds_of_reference=s) for size, s in sizes.items()]})
