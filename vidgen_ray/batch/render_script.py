@@ -276,7 +276,7 @@ def render_lines(
 
 def _encoding_note(plan: Plan, results: RunResults) -> str | None:
     """Return a note if the encoders were too few for the planned rate. The next plan is made with the measured seconds."""
-    seconds = [seconds for seconds, _ in results.durations[ENCODING]]
+    seconds = [seconds for seconds, _ in results.durations.get(ENCODING, ())]
     if len(seconds) < MIN_SHOTS or not plan.encode_s:
         return None
     needed = encoders_needed(plan.shots_per_hour / 3600, sum(seconds) / len(seconds))

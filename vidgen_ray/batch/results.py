@@ -22,6 +22,7 @@ from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.outputs.run_log import RunLabels
 from vidgen_ray.planner.demand import ENCODING, encoded_mpx
 from vidgen_ray.script.lines import Line
+from vidgen_ray.shot import Shot
 
 METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}
 
@@ -92,8 +93,8 @@ class RunResults:
         self.currency: str | None = None
         """Currency of the price. `None` if it is the user's."""
         self.lora_loads = 0
-        self.durations: dict[str, deque[tuple[float, RelativeCost]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
-        """Stage, or ENCODING -> (seconds, relative cost) of the last shots that were not taken from the cache."""
+        self._measured: dict[str, deque[tuple[float, Shot]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
+        """Stage, or ENCODING -> seconds of the last shots that were not taken from the cache."""
         self.weights: dict[str, set[str]] = defaultdict(set)
         """Stage -> digests of the weights that its results were made with."""
 
@@ -164,18 +165,25 @@ class RunResults:
         self.gpu_seconds += sum(step.gpu_seconds for step in record.stages)
         self.prices += sum(step.price or 0.0 for step in record.stages)
         self.lora_loads += sum(step.adapter_loads for step in record.stages)
-        costs = relative_costs(record.shot)
         for step in record.stages:
             self.weights[step.stage].update(step.weights)
             # Seconds on several GPUs are no measure of one.
             if not step.cached and step.gpu_seconds <= step.seconds:
-                self.durations[step.stage].append((step.seconds, costs[step.stage]))
+                self._measured[step.stage].append((step.seconds, record.shot))
         if record.encode_s is not None:
-            mpx = encoded_mpx(record.shot)
-            self.durations[ENCODING].append((record.encode_s, RelativeCost(mpx, mpx)))
+            self._measured[ENCODING].append((record.encode_s, record.shot))
         row = self._row(line, record, "rendered")
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
+
+    @property
+    def durations(self) -> dict[str, list[tuple[float, RelativeCost]]]:
+        """Stage, or ENCODING -> (seconds, relative cost) of the last shots that were not taken from the cache."""
+
+        def cost(name: str, shot: Shot) -> RelativeCost:
+            return RelativeCost(mpx := encoded_mpx(shot), mpx) if name == ENCODING else relative_costs(shot, (name,))[name]
+
+        return {name: [(seconds, cost(name, shot)) for seconds, shot in last] for name, last in self._measured.items()}
 
     def _row(self, line: Line, result: Finished | Failure, last_run: LastRun) -> ManifestRow:
         """Return the row of a shot, with its cost. One that was found by its row in an earlier run has that already."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.processes import ATTEMPTS, CoreLimits
-from vidgen_ray.graph import STAGE_BY_NAME, durations
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.demand import encode_seconds_per_mpx, encoded_mpx
 from vidgen_ray.planner.layout import WorkerSpec
@@ -58,14 +58,14 @@ class EngineConfig:
         """An encoder of this engine. On a disk it waits for its CPU, in an object store for responses."""
         return ENCODER if self.outputs.storage.local is not None else replace(ENCODER, parallel=STORE_COMMITS)
 
-    def timeout_s(self, shot: Shot, *stages: str) -> float:
-        """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""
+    def timeout_s(self, shot: Shot, costs: Mapping[str, float]) -> float:
+        """Return the timeout in seconds of a call, from when execution starts. `costs`: `durations` of its stages."""
         return sum(
             max(
                 self.profile.actor_of(STAGE_BY_NAME[name]).timeout_s * STAGE_BY_NAME[name].passes(shot),
                 TIMEOUT_FACTOR * self.planned_s.get(name, 0.0) * duration,
             )
-            for name, duration in durations(shot, stages).items()
+            for name, duration in costs.items()
         )
 
     def commit_timeout_s(self, shot: Shot) -> float:

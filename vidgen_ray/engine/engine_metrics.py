@@ -83,7 +83,7 @@ class EngineMetrics:
 
     def __init__(self, profile: str, **labels: str) -> None:
         """`labels`: further labels of all metrics."""
-        self._tags = {"profile": profile, **labels}
+        self._tags = _in_ascii({"profile": profile, **labels})
         all_of = {name: (spec.description, (*self._tags, *spec.labels)) for name, spec in self.definitions.items()}
         self._counters = {n: Counter(n, *all_of[n]) for n, _ in of_kind(self.definitions, "counter")}
         self._gauges = {n: Gauge(n, *all_of[n]) for n, _ in of_kind(self.definitions, "gauge")}
@@ -140,8 +140,12 @@ class EngineMetrics:
         self._histograms[name].observe(max(0.0, seconds), tags=self._labelled(labels))
 
     def _labelled(self, labels: Mapping[str, str]) -> dict[str, str]:
-        """Return all labels. Ray takes ASCII only: other letters, such as those of a script's name, are escaped."""
-        return {name: value.encode("ascii", "backslashreplace").decode() for name, value in {**self._tags, **labels}.items()}
+        return {**self._tags, **_in_ascii(labels)} if labels else self._tags
+
+
+def _in_ascii(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels with other letters, such as those of a script's name, escaped: Ray takes ASCII only."""
+    return {name: value.encode("ascii", "backslashreplace").decode() for name, value in labels.items()}
 
 
 def exported_names(name: str, spec: MetricSpec) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ class Routes:
             stages=names,
             keys=tuple(step.key for step in steps),
             costs=() if at_server else tuple(costs[name] for name in names),
-            timeout_s=self._config.timeout_s(shot, *names),
+            timeout_s=self._config.timeout_s(shot, costs),
             load=1 / self._places.get(names[0], 1) if load is None or at_server else load,
             adapters=tuple(sorted(adapters)) if load is None else (),
         )

@@ -103,7 +103,9 @@ class EncoderSession:
             raise _SessionEnded from None
         finally:
             del handle.encoding[number]
-            self._shell.tell(m.Progressed(handle.name, self._invocation.life, number, waits=True))
+            # After the last call, the end of the session follows at once.
+            if not self.is_committing:
+                self._shell.tell(m.Progressed(handle.name, self._invocation.life, number, waits=True))
             self._shell.start_timeouts(handle)
 
     def _checked(self, result: CallResult) -> CallResult:

@@ -23,7 +23,7 @@ from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.engine.messages import LOADING
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import Cancelled
-from vidgen_ray.graph import clip_length
+from vidgen_ray.graph import clip_length, durations
 from vidgen_ray.nets.deferred_imports import rare_garbage_collection
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
@@ -245,7 +245,7 @@ class Worker:
             if isinstance(ready, Failure):
                 return default, CallResult(failure=ready, load_failed=True)
             started_at = time.time()
-            self._deadlines[call] = time.monotonic() + self._config.timeout_s(shot, *stages)
+            self._deadlines[call] = time.monotonic() + self._config.timeout_s(shot, durations(shot, stages))
             try:
                 with progress_callback(on_progress):
                     on_progress(stages[0], 0, 0)
