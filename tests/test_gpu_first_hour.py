@@ -55,8 +55,8 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
     assert calibration["svd"].measurements[0].random_weights
 
 
-SHORT_STEPS = ("machine", "profile", "swap", "bytes", "upscaler")
-LONG_STEPS = ("wan", "options", "small", "others", "group")
+SHORT_STEPS = ("machine", "swap", "bytes")
+LONG_STEPS = ("profile", "upscaler", "wan", "options", "small", "others", "group")
 
 
 @pytest.mark.parametrize(

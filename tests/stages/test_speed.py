@@ -136,14 +136,9 @@ def test_planned_compilations_are_at_least_those_that_happen(tiny, make_shot, co
     assert compilations(tiny, demand_of([make_shot()])) == 0
     one, graphs = counted(sizes=SIZES[:1], loras=(0,))
     assert one == 1
-    for planned, fields in (
-        (2, {"sizes": SIZES, "loras": (0,)}),
-        (3, {"sizes": SIZES[:1], "loras": (0, 1)}),
-        (5, {"sizes": SIZES, "loras": (0, 1)}),
-    ):
-        times, compiled = counted(**fields)
-        assert times == planned, fields
-        assert 0.6 * times <= compiled / graphs <= times, fields
+    times, compiled = counted(sizes=SIZES, loras=(0, 1))
+    assert times == 5
+    assert 0.6 * times <= compiled / graphs <= times
 
 
 def test_calls_in_any_thread_may_compile_many_variants(tiny, make_shot, counter, monkeypatch):
