@@ -31,7 +31,6 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from ray.util.state import list_actors, list_jobs, list_placement_groups
 
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import encoder_class
@@ -525,6 +524,8 @@ def _job_holdings() -> _JobHoldings:
     url, timeout_s = dashboard_url(), int(STATE_TIMEOUT_S)
     if url is None:
         return _JobHoldings({}, {}, [])
+    from ray.util.state import list_actors, list_jobs, list_placement_groups
+
     alive = list_actors(url, [("state", "=", "ALIVE")], MAX_ACTORS, timeout_s, detail=True, raise_on_missing_output=False)
     groups = list_placement_groups(url, limit=MAX_ACTORS, timeout=timeout_s, raise_on_missing_output=False)
     jobs = {job.job_id: job.submission_id for job in list_jobs(url, timeout=timeout_s, raise_on_missing_output=False)}
