@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES
-from tests.nets.test_faces import BOX, POINTS
+from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
@@ -208,3 +208,16 @@ def test_identity_show_draws_the_detected_face(tmp_path, capsys):
     middle = sheet[32 + (top + bottom) // 2, 12 + left - 3 : 12 + left + 6]
     assert (np.abs(middle - (74, 222, 128)).sum(-1) < 30).any()
     assert len(np.unique(sheet[32:242, 740:1160].reshape(-1, 3), axis=0)) > 5, "keypoint image is missing"
+
+
+def test_identity_show_selects_the_face_index_and_fails_without_a_face(tmp_path, capsys):
+    drawn, wall = tmp_path / "group.jpg", tmp_path / "wall.png"
+    assert main(["identity", "show", str(GROUP), str(ASTRONAUT), "-o", str(drawn), "--face-index", "4", "--json"]) == 0
+    group, astronaut = json.loads(capsys.readouterr().out)["photos"]
+    assert [face["chosen"] for face in group["faces"]] == [False, False, False, False, True, False]
+    assert [face["chosen"] for face in astronaut["faces"]] == [True]
+    drawn.unlink()
+    Image.fromarray(np.repeat(np.arange(200, dtype=np.uint8)[:, None, None], 200, 1).repeat(3, 2)).save(wall)
+    assert main(["identity", "show", str(ASTRONAUT), str(wall), "-o", str(drawn)]) == 1
+    assert f"vidgen: face_image 2 of 2 ({wall}): no face found; use a photo" in capsys.readouterr().err
+    assert not drawn.exists()

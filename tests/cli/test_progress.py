@@ -3,6 +3,9 @@
 import io
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import typer
@@ -200,3 +203,22 @@ def test_run_view_prints_lines_to_stderr(capsys):
         view.on_finished(row("ball"))
     printed = capsys.readouterr()
     assert ("1/1 done ball" in printed.err, printed.out) == (True, "")
+
+
+def test_events_are_handled_one_at_a_time(clock):
+    """Two threads meet if they can: each waits for the other while it handles an event."""
+    both = Barrier(2)
+
+    class Display:
+        overlaps = 0
+
+        def show_status(self):
+            with suppress(BrokenBarrierError):
+                both.wait(0.05)
+                self.overlaps += 1
+
+    display = Display()
+    view = RunView(ProgressTracker(clock), display)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: view.on_status(BUSY), range(2)))
+    assert display.overlaps == 0

@@ -193,6 +193,26 @@ def test_levels_that_another_exceeds_are_named_and_measures_without_a_difference
     assert text in " ".join(page.split())
 
 
+def test_measures_are_ranked_by_their_difference_and_those_without_one_are_folded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).normal(size=(4, 16))
+    rises = {"luma": 3.0, "flicker": 0.0, "cuts": 30.0, "likeness": 0.0}
+    rows = []
+    for line, strength in product(range(8), (0.2, 0.8)):
+        number = 2 * line + (strength == 0.8)
+        scores = {name: noise[each, number] + rise * strength for each, (name, rise) in enumerate(rises.items())}
+        rows.append(_swept(line, strength, **scores))
+    folder = _folder(tmp_path, rows)
+    factor = _compare(folder)["identity_strength"]
+    assert (factor["measures"], factor["equal"]) == (["cuts", "luma", "likeness", "flicker"], ["flicker"])
+    assert main(["compare", str(folder.root)]) == 0
+    assert "Other measures that differ most: cuts, luma." in capsys.readouterr().out
+    shown, folded = (tmp_path / "compare.html").read_text().split("Measures without a clear difference: 1")
+    assert re.findall(r'<th scope="row">(\w+)', shown) == ["cuts", "luma", "likeness"]
+    assert re.findall(r'<th scope="row">(\w+)', folded) == ["flicker"]
+
+
 def test_unknown_factors_and_levels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _folder(tmp_path / "swept", [_swept(0, strength, score=1.0) for strength in (0.2, 0.8)])
     with pytest.raises(UsageError, match=r"--factor lora: must be one of identity_strength"):
