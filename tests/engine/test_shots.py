@@ -28,9 +28,10 @@ FRAMES = 8
 CHUNK_FRAMES = 4
 
 
-def calls_of_clips(workers, shots=1, ends=None):
+def calls_of_clips(workers, shots=1, ends=None, gpus=1):
     """Return the methods that are called to render clips on workers with these stages, and the steps of their records.
 
+    `gpus`: those of each worker.
     `ends` gets the stage and the outcome of each attempt. With it, the first worker is taken for lost during its call.
     """
     steps = tuple(Step(stage=stage, key=stage, weights=()) for stage in ALL)
@@ -39,7 +40,7 @@ def calls_of_clips(workers, shots=1, ends=None):
         for n in range(shots)
     ]
     assert [stage.name for stage in stages_of(plans[0].shot)] == list(ALL)
-    slots = tuple(Slot((WorkerSpec(stages, cpus=1, gpus=1),), 0.0) for stages in workers)
+    slots = tuple(Slot((WorkerSpec(stages, cpus=1, gpus=gpus),), 0.0) for stages in workers)
     layout = Layout("fused", slots, encoders=1, window=1)
     actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
     config = EngineConfig("run", Profile(name="p", about="", actors=actors), OutputFolder(Path("unused")), STAGE_BY_NAME)
@@ -92,6 +93,8 @@ def test_chunks_run_in_calls_of_their_own(monkeypatch):
     called, (steps,) = calls_of_clips([ALL])
     assert sorted(called) == ["add", "begin", "commit", "run", "run_chunk", "run_chunk"]
     assert [step.stage for step in steps] == list(ALL)
+    # Two GPUs share the calls of a network for a chunk.
+    assert calls_of_clips([ALL], gpus=2)[0] == ["run_clip", "write"]
 
 
 def test_equal_shots_are_computed_once_and_cost_once():

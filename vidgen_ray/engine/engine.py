@@ -175,7 +175,7 @@ class Engine:
 
         Waits until the window has room for the shot, then calls `on_admitted`.
         """
-        async with self.window.admit(object_store_bytes(plan.shot, CHUNK_BYTES)):
+        async with self.window.admit(object_store_bytes(plan.shot, CHUNK_BYTES * self._layout.group_size)):
             on_admitted()
             return await self._shots.render(plan, on_progress)
 

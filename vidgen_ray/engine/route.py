@@ -14,7 +14,7 @@ from vidgen_ray.render.step_runner import chunk_unit, clip_chunks
 from vidgen_ray.shot import Shot
 
 CHUNK_BYTES = 128 << 20
-"""Largest result of a chunk in raw frames, if one call of the network does not make more: 4 frames of 4096x2304."""
+"""Largest result of a chunk in raw frames per GPU, if one call of the network does not make more: 4 frames of 4096x2304."""
 CHUNK_LOAD = 0.25
 """Load of one chunk of frames to upscale."""
 COMMIT_LOAD = 0.0625
@@ -66,6 +66,7 @@ class Routes:
         self._config = config
         self._chunk_frames = chunk_frames
         self._places = layout.server_places
+        self._group_size = layout.group_size
         # Every shot asks, and the layout looks at all its workers.
         self._can_fuse = cache(layout.can_fuse)
         self._only_together = cache(layout.only_together)
@@ -76,7 +77,9 @@ class Routes:
             [step for step in plan.steps if not is_chunked(step.stage)], self._can_fuse, lambda step: _ends_call(step, shot)
         )
         chunked = _grouped([step for step in plan.steps if is_chunked(step.stage)], self._can_fuse, lambda _: False)
-        chunks = clip_chunks(shot, chunk_unit(shot, self._chunk_frames), CHUNK_BYTES) if chunked else []
+        # The GPUs of a group share the calls of a network for a chunk.
+        gpus = self._group_size
+        chunks = clip_chunks(shot, gpus * chunk_unit(shot, self._chunk_frames), gpus * CHUNK_BYTES) if chunked else []
         if whole and self._runs_in_one_call(shot, whole[-1], chunked, len(chunks)):
             whole[-1] += chunked.pop()
             chunks = []

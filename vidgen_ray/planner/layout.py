@@ -92,6 +92,11 @@ class Layout:
         """Names of all stages that a worker holds."""
         return tuple(dict.fromkeys(stage for worker in self.workers for stage in worker.stages))
 
+    @property
+    def group_size(self) -> int:
+        """Number of GPUs of a machine that divide the work of each shot."""
+        return max((1, *(int(worker.gpus) for worker in self.workers)))
+
     def can_fuse(self, first: str, *others: str) -> bool:
         """Return whether every worker with the first stage can run all these stages in sequence; see `WorkerSpec.can_run`."""
         return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)
