@@ -18,6 +18,7 @@ import ray
 from ray._private import node as node_module
 from ray._private import parameter, ray_constants, services, state, utils
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.experimental import internal_kv
@@ -57,11 +58,12 @@ def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> It
         return make_params(**{**params, **fixed, **given})
 
     def get_started_node(gcs_address: str, node_id: str) -> Any:
-        known = state.GlobalState()
-        known._initialize_global_state(services._get_gcs_client_options(gcs_address))
-        deadline_s = time.monotonic() + NODE_WAIT_S
-        while all(node["NodeID"] != node_id for node in known.node_table()) and time.monotonic() < deadline_s:
-            time.sleep(NODE_POLL_S)
+        client, deadline_s = GcsClient(address=gcs_address), time.monotonic() + NODE_WAIT_S
+        with suppress(ray.exceptions.RayError):  # no response
+            while all(node.hex() != node_id for node in client.get_all_node_info(timeout=NODE_WAIT_S)):
+                if time.monotonic() > deadline_s:
+                    break
+                time.sleep(NODE_POLL_S)
         return get_node(gcs_address, node_id)
 
     with (
