@@ -10,7 +10,7 @@ CLIENT := ./clients/python
 # Let each module be compiled once, also where the environment turns bytecode files off: the tests start hundreds of processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo dataset-demo compiled test test-slow chaos fuzz lock resolutions audit sbom docs docs-site referees release check clean
+.PHONY: setup demo dataset-demo compiled test test-slow test-longest chaos fuzz lock resolutions audit sbom docs docs-site referees release check clean
 
 setup: $(VENV)/.installed
 
@@ -50,6 +50,10 @@ test: setup
 # Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md, the notebook.
 test-slow: setup
 	$(PYTEST) -n 2 -m "slow and not very_slow" -p nbmake --nbmake --nbmake-timeout 600 tests examples/library.ipynb
+
+# About an hour: tests that scale up others, or that change only with the packages they read.
+test-longest: setup
+	$(PYTEST) -n 2 -m very_slow --timeout 3600 tests
 
 # About an hour. Places of the engine that are broken on purpose; faults of GPUs, nodes, encoders, disks and inputs, two runs on one
 # cluster, leases of other containers; then kills processes, nodes and drivers of a three-node cluster at 35 random moments; then 10,000
