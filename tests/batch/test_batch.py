@@ -4,6 +4,7 @@ import json
 import signal
 from contextlib import closing
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -27,7 +28,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node, demand_of, plan_run, this_machine
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run, this_machine
 from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.profile import ProvenanceSettings
@@ -157,6 +158,18 @@ def test_speed_options_are_settled_before_the_keys_and_a_folder_keeps_them(in_pr
         options = json.loads((tmp_path / out / "run.json").read_text())["profile"]["actors"]["svd"]["options"]
         assert options == ({"channels_last": True} if out == "fast" else {})
     assert counts == [(1, 0), (1, 0), (0, 1), (0, 1)]
+
+
+def test_trials_depend_on_the_seconds_planned_for_the_sizes_of_a_script(tiny, tmp_path, own_cache, monkeypatch):
+    """FLUX takes 211 s: kernels of a small image start no faster than those of a large one. By the pixels it would be 82 s."""
+    path = write_lines(tmp_path / "s.jsonl", [{"id": f"{n}", "prompt": "a boat"} for n in range(50)])
+    defaults = {"width": 512, "height": 320, "generate_video": False}
+    script = ScriptSettings(path, run_seed=1, profile_defaults=defaults)
+    profile = with_actor(tiny, "flux", device="cuda", dtype="bfloat16", seconds={}, options={}, trial_options={"compile": True})
+    monkeypatch.setattr(render_module, "run_trials", Mock(side_effect=InterruptedError))
+    monkeypatch.setattr(render_module, "TRIAL_FROM_S", 150.0)
+    with pytest.raises(InterruptedError):
+        render_lines(script, profile, tmp_path / "out", cluster=parse_gpus("1xH100"))
 
 
 def rows_of(out):
@@ -403,6 +416,29 @@ def test_sigterm_ends_the_command_after_the_shots_in_progress_and_it_can_be_resu
     assert json.loads(capsys.readouterr().out)["skipped"] == done
     assert before.items() < digests(tmp_path / "out").items()
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_clock_that_is_set_changes_neither_the_current_rows_nor_what_is_skipped(in_process, tiny, tmp_path, monkeypatch):
+    for number, days in enumerate((0, -400, 400, -800)):
+
+        class Clock(datetime):
+            step = timedelta(days=days)
+
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + cls.step
+
+        for module in ("manifest", "lease"):
+            monkeypatch.setattr(f"vidgen_ray.outputs.{module}.datetime", Clock)
+        ids = {"same": "x", "new": f"{number}", f"only-{number}": "y"}
+        lines = [{"id": id_, "prompt": prompt, "generate_video": False} for id_, prompt in ids.items()]
+        settings = ScriptSettings(write_lines(tmp_path / "s.jsonl", lines), 1, profile_defaults=tiny.defaults)
+        report = render_lines(settings, tiny, tmp_path / "out", stages=FAKES)
+        assert (report.done, report.skipped) == ((3, 0) if number == 0 else (2, 1))
+        rows = rows_of(tmp_path / "out")
+        assert {id_ for id_, row in rows.items() if row["status"] != "replaced"} == set(ids)
+        assert {rows[id_]["run"] for id_ in ids} == {report.run}
+        assert (rows["new"]["prompt"], report.run[:7]) == (str(number), f"00000{number + 1}-")
 
 
 def test_scripts_of_one_name_are_told_apart_by_path_and_content(command, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pytest
 import ray
@@ -19,6 +20,7 @@ from vidgen_ray.batch.line_planner import LaterLines
 from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli.app import run_command
+from vidgen_ray.engine import fleet
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.ray_cluster import expect_gpus
@@ -288,6 +290,13 @@ def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(in_process, tmp_p
         render_lines(tmp_path, profile, lines[:1])
     with pytest.raises(SetupError, match="the plan needs 3 GPUs, this machine has 2"):
         expect_gpus(3)
+
+
+def test_start_images_are_written_without_a_worker(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr(fleet, "_log", log := Mock())
+    report, _ = render_lines(tmp_path, profile, [{"id": "s", "prompt": "a", "image": str(ASTRONAUT), "generate_video": False}])
+    assert report.done == 1
+    log.warning.assert_not_called()
 
 
 def test_run_resumed_by_another_version_mixes_no_results(in_process, tmp_path, profile, monkeypatch):

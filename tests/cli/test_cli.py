@@ -8,13 +8,15 @@ import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
 from importlib.metadata import EntryPoint, EntryPoints
+from unittest.mock import Mock
 
 import numpy as np
+import ray
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
-from vidgen_ray.cli import main
+from vidgen_ray.cli import main, one_stage
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
 from vidgen_ray.errors import VidgenError
@@ -153,6 +155,18 @@ def test_shot_prints_the_written_files(tmp_path, capsys):
         assert float(video.fps) == 9
     assert main(["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "image", "-s", "id=image", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shot"]["id"] == "image"
+
+
+def test_interrupted_stage_does_not_promise_to_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(one_stage, "run_one_stage", Mock(side_effect=KeyboardInterrupt))
+    assert main(["stage", "flux", "-o", str(tmp_path / "a.png"), "-p", "tiny", "-s", "prompt=a"]) == 130
+    assert "interrupted. Run the same command again." in capsys.readouterr().err
+
+
+def test_error_of_ray_is_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(one_stage, "run_one_stage", Mock(side_effect=ray.exceptions.RaySystemError("out of ports")))
+    assert main(["stage", "flux", "-o", str(tmp_path / "a.png"), "-p", "tiny", "-s", "prompt=a"]) == 4
+    assert "vidgen: Ray failed: RaySystemError: System error: out of ports. Run the same command" in capsys.readouterr().err
 
 
 def test_stage_command_chains_stages_through_files(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Comparison of clips: factors, pairs, intervals, and the page."""
 
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -168,6 +169,18 @@ def test_pairs_of_several_persons_with_one_prompt_and_seed_are_counted_one_by_on
     assert "no interval (5 pairs of 3 prompts; an interval needs 5 prompts). Pairs by line and seed." in printed.out
     assert "5 pairs of 3 prompts by line and seed, equal in all other factors" in page
     assert all("11 of 12 clips have no scores of other; run: vidgen score" in text for text in (printed.err, page))
+
+
+def test_terminal_without_utf8_shows_plain_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _folder(tmp_path / "é→", [_swept(0, 0.2, likeness=0.5, motion=1.0), _swept(0, 0.8, likeness=0.3, motion=1.0)])
+    for encoding, place in (("latin-1", "é->/compare.html"), ("ascii", "\\xe9->/compare.html")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["compare", str(folder.root)]) == 0
+        stdout.flush()
+        printed = stdout.buffer.getvalue().decode(encoding)
+        assert "-0.2" in printed
+        assert printed.rstrip().endswith(place)
 
 
 def test_few_prompts_have_no_interval(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from starlette.testclient import TestClient
 
 from vidgen_ray.batch.progress import RunRecorder
 from vidgen_ray.cli.app import run_command
@@ -16,6 +17,7 @@ from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
 from vidgen_ray.outputs.reviews import Opinion, ReviewSession
 from vidgen_ray.outputs.run_log import RunLabels, StageStatus, read_log, read_status
 from vidgen_ray.outputs.storage import LocalStorage, storage_at
+from vidgen_ray.report.gallery_page import gallery_app
 
 RUN = "000001-film"
 LABELS = RunLabels(run=RUN, name="film", profile="tiny", script="s.jsonl", team="blue", submission_id="job-1")
@@ -119,6 +121,21 @@ def test_status_has_the_cost_of_clips_accepted_clips_scripts_and_characters(tmp_
     assert run_command(["status", str(tmp_path)]) == 0
     (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if "character ann" in line]
     assert line == ["character", "ann", "2", "1", "2.00", "USD", "1.00", "USD", "2.00", "USD"]
+
+
+def test_watch_serves_the_shots_and_the_run_of_an_object_store(url):
+    storage = storage_at(url)
+    with recorder(storage) as running:
+        record(running)
+        going = running._status()
+    storage.write("status.json", going.model_dump_json())
+    storage.write("shots/ab/a/video.mp4", bytes(100))
+    storage.write("jobs.db", "secret")
+    client = TestClient(gallery_app(url))
+    assert client.get("/rows.json").json()["run"]["waiting_for"] == BUSY.waiting_for
+    assert len(client.get("/shots/ab/a/video.mp4", headers={"Range": "bytes=0-9"}).content) == 10
+    for path in ("/jobs.db", "/shots/%2e%2e/jobs.db", "/shots/ab/a/hd.mp4", "/status.json"):
+        assert client.get(path).status_code == 404, path
 
 
 def test_run_without_its_lease_does_not_replace_the_status_of_another(tmp_path):

@@ -12,7 +12,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node, cluster, demand_of, parse_gpus, plan_run, profile_for, this_machine
 from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS
 from vidgen_ray.planner.cluster import CARDS, GB, TYPICAL, card_named, card_reported_as, typical_card
-from vidgen_ray.planner.demand import Calibration, demand_seconds
+from vidgen_ray.planner.demand import MAX_KINDS, Calibration, demand_seconds
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.memory_table import weight_bytes
@@ -142,6 +142,22 @@ def test_encoding_takes_about_a_core_beside_cards_that_could_encode(name):
     assert 0.15 < planned.encode_s * planned.shots_per_hour / 3600 < 1.15
 
 
+def test_frames_and_sizes_of_other_shots_do_not_change_the_seconds_of_a_shot():
+    """A demand has the seconds of its shots, also of more kinds than are kept."""
+    profile, stage = load_profile("gpu"), STAGE_BY_NAME["wan"]
+    shots = [
+        Shot(prompt="a", video_model="wan", num_frames=4 * n + 1, width=64 * w) for n in range(2, 21) for w in range(6, 18)
+    ]
+    shots += [Shot(prompt="b", video_model="wan", num_frames=81, steps={"wan": 4}, guidance={"wan": 1})] * 50
+    alone = [demand_seconds(profile, stage, demand_of([shot]), {}, card("L40S")) for shot in shots]
+    random.Random(3).shuffle(shots)
+    assert len(shots) - 49 > MAX_KINDS
+    assert demand_seconds(profile, stage, demand_of(shots), {}, card("L40S")) == pytest.approx(sum(alone), rel=0.05)
+    assert demand_seconds(profile, stage, demand_of(shots[:150]).scaled(2), {}, card("L40S")) == pytest.approx(
+        2 * sum(demand_seconds(profile, stage, demand_of([shot]), {}, card("L40S")) for shot in shots[:150])
+    )
+
+
 def test_groups_start_kernels_as_slowly_as_one_gpu():
     """xDiT's FLUX.1-dev, 28 steps at 1024x1024 on 1, 2 and 4 H100, plain and compiled. Larger groups are not planned."""
     stage, cluster = STAGE_BY_NAME["flux"], parse_gpus("8xH100")
@@ -214,6 +230,18 @@ def test_options_follow_from_the_memory():
     assert profile_for("auto", lambda: Cluster((Node((), 4, 16),))).name == "demo"
     mixed = Cluster((*machine(79.2, card("H100"), 4).nodes, *machine(23.6, card("RTX 4090"), 8).nodes))
     assert profile_for("auto", lambda: mixed).name == "gpu-80gb"
+
+
+def test_slow_cards_get_less_work():
+    shot = Shot(prompt="a", upscaler="x4plus", **FACE)
+    profile = load_profile("gpu-48gb")
+
+    def rate(*nodes):
+        return plan_run(profile, demand_of([shot] * 500), Cluster(nodes)).shots_per_hour
+
+    fast, slow = (machine(card(name).memory_gb, card(name)).nodes[0] for name in ("L40S", "A40"))
+    assert rate(slow) < 0.7 * rate(fast)
+    assert rate(fast, slow) == pytest.approx(rate(fast) + rate(slow), rel=0.05)
 
 
 def test_no_call_times_out_at_the_planned_speed(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -188,6 +189,22 @@ def test_cpu_workers_are_limited_by_cores_shots_profile_and_host_memory(tiny, ma
     # Shots without stages.
     planned = plan_run(tiny, demand_of([make_shot(image="a.png", generate_video=False)]), Cluster((Node((), 1, 4),)))
     assert (planned.layout.slots, planned.layout.encoders, planned.layout.window) == ((), 1, 1)
+
+
+def test_staged_layout_is_never_faster_than_the_automatic_one():
+    """One process with the same stages needs no more memory, and has the same rate."""
+    feasible = 0
+    for seed in range(24):
+        rng = random.Random(seed)
+        actors = {name: (rng.uniform(1, 40), {stage: rng.uniform(0.1, 30) for stage in each}) for name, (_, each) in B6.items()}
+        gpus = [f"{rng.choice([1, 2, 4])}x{rng.choice([24, 48, 80])}GB" for _ in range(rng.choice([1, 2]))]
+        demand, cluster = make_demand(rng.choice([1, 9, 4000])), parse_gpus("+".join(gpus))
+        with suppress(ProfileError):
+            staged = plan_run(gpu_profile(actors, layout="staged"), demand, cluster)
+            automatic = plan_run(gpu_profile(actors), demand, cluster)
+            assert automatic.seconds <= 1.01 * staged.seconds, seed
+            feasible += 1
+    assert feasible > 12
 
 
 def test_staged_layout():
@@ -628,6 +645,18 @@ def test_scheduler_reaches_the_planned_rate():
         assert bool(simulated.swaps) == any(worker.swap_groups for worker in planned.layout.workers), gpus
         rate = 3600 * WITHOUT_STYLE.shots / simulated.makespan_s
         assert 0.95 * planned.shots_per_hour < rate < 1.01 * planned.shots_per_hour, gpus
+
+
+def test_gpu_is_busy_while_a_cpu_actor_works(monkeypatch):
+    """A GPU that waited for the CPU actor would be busy 90% of the time."""
+    monkeypatch.setitem(SECONDS, "instantid", 3.0)
+    face = ActorProfile(weights="w", memory_gb=0.7, seconds={"instantid": 3.0})
+    profile = simulated_profile()
+    profile = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}})
+    planned = plan_run(profile, WITHOUT_STYLE, parse_gpus("2x80GB"))
+    simulated = Simulation(planned.layout.workers, WITHOUT_STYLE.shots, loras=1).run()
+    busy_s = WITHOUT_STYLE.shots * (sum(SECONDS.values()) - 3.0)
+    assert busy_s / (2 * simulated.makespan_s) > 0.97
 
 
 def slot(*stages, memory_gb):
