@@ -7,7 +7,7 @@ import pytest
 
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.errors import UsageError
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Node, cluster, demand_of, parse_gpus, plan_run, profile_for, this_machine
 from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS
@@ -252,5 +252,5 @@ def test_no_call_times_out_at_the_planned_speed(tmp_path):
         profile = profile_for("auto", lambda found=cluster: found)
         planned = plan_run(profile, demand_of([shot]), cluster)
         config = EngineConfig("e", profile, OutputFolder(tmp_path), {}, planned_s=planned.reference_s)
-        assert config.timeout_s(shot, "wan") == pytest.approx(3 * planned.stage_seconds["wan"])
-    assert config.timeout_s(shot, "flux") == profile.actors["flux"].timeout_s
+        assert config.timeout_s(shot, durations(shot, ["wan"])) == pytest.approx(3 * planned.stage_seconds["wan"])
+    assert config.timeout_s(shot, durations(shot, ["flux"])) == profile.actors["flux"].timeout_s
