@@ -18,7 +18,7 @@ from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.engine import core, queues, shell, shots
 from vidgen_ray.engine.actor_start import Ping
-from vidgen_ray.engine.attempts import FailedAttempt, next_place
+from vidgen_ray.engine.attempts import Durations, FailedAttempt, next_place
 from vidgen_ray.engine.canary import Canary
 from vidgen_ray.engine.core import Core
 from vidgen_ray.engine.encoder import Encoder
@@ -260,6 +260,7 @@ BROKEN = {
         (step_runner, "check_made_by", nothing),
         (shot_files, "check_made_by", nothing),
         (Core, "_has_keys", lambda *_: True),
+        (Durations, "add", nothing),
     ),
     "size": ("content", (step_runner, "_wrong_pixels", nothing)),
     "single colour": ("content", (step_runner, "_is_single_colour", nothing)),

@@ -580,7 +580,7 @@ class ChunkedStage(Stage[P]):
 
     @classmethod
     def gain(cls, gpus: int) -> float:
-        return _CHUNKS_GAIN * gpus
+        return _CHUNKS_GAIN * gpus if gpus > 1 else 1.0
 
     @classmethod
     @abstractmethod
