@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.history import check, figures, printed
 from tests.chaos.model import FAULTS, SURVIVED, worlds
 
-SEEDS = int(os.environ.get("VIDGEN_SEEDS", "120"))
+SEEDS = int(os.environ.get("VIDGEN_SEEDS", "200"))
 GROUPS = 2
 """Processes of `make test` that share the seeds."""
 CHOSEN = os.environ.get("VIDGEN_FAULTS")
