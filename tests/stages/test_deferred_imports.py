@@ -48,7 +48,7 @@ assert torch.compile(lambda number: number + 1, backend="eager")(torch.ones(1)) 
 """
 
 
-def test_a_shot_on_a_cpu_is_rendered_without_compiler_and_scipy(tiny, tmp_path):
+def test_shot_is_rendered_on_a_cpu_without_compiler_and_scipy(tiny, tmp_path):
     params_of(tiny, [FluxStage, QwenEditStage, SVDStage, WanStage, RealESRGANStage])  # builds the weights, which imports more
     # In a folder without results of the same shot.
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
