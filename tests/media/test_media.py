@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from tests.upscale.videos import write_video
+from tests.upscale.videos import repeatable, write_video
 from vidgen_ray.dataset.data_card import _middle_frame
 from vidgen_ray.dataset.export_formats import encode_again
 from vidgen_ray.dataset.scorers import Clip
@@ -64,16 +64,11 @@ def write_mp4(path, frames, fps=24, settings=FAST):
     return path
 
 
-def write_foreign(path, frames, *, codec="libx264", container="mp4", options=None, rotation=0):
-    """Write a video as other programs do. Equal frames may differ in a pixel, because swscale's exact mode is off.
-
-    `rotation`: display rotation in degrees, as phones add it.
-    """
+def write_foreign(path, frames, *, codec="libx264", container="mp4", options=None):
+    """Write a video as other programs do. Equal frames may differ in a pixel, because swscale's exact mode is off."""
     with av.open(str(path), "w", format=container) as output:
-        stream = output.add_stream(codec, rate=24, options=options or {})
+        stream = output.add_stream(codec, rate=24, options=repeatable(codec, options or {}))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
         for pixels in frames:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         output.mux(stream.encode())
@@ -226,9 +221,17 @@ def test_other_codecs_fall_back_to_pyav(tmp_path):
 
 
 def test_display_rotation_is_applied(tmp_path):
-    unrotated = read_all(write_foreign(tmp_path / "stored.mp4", moving_frames(4)), "pyav")
+    stored = write_foreign(tmp_path / "stored.mp4", moving_frames(4))
+    unrotated = read_all(stored)
     for rotation in (90, 180, -90):
-        path = write_foreign(tmp_path / f"{rotation}.mp4", moving_frames(4), rotation=rotation)
+        path = tmp_path / f"{rotation}.mp4"
+        with av.open(str(stored)) as source, av.open(str(path), "w") as output:
+            stream = output.add_stream_from_template(source.streams.video[0])
+            stream.set_display_rotation(rotation)
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    output.mux(packet)
         with open_video(path) as video:
             upright = video.frames(0, 4)
             assert upright.shape[1:3] == (video.height, video.width) == ((64, 96) if rotation == 180 else (96, 64))

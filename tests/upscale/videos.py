@@ -41,6 +41,17 @@ def woven(order: str) -> Callable[..., np.ndarray]:
     return draw
 
 
+def repeatable(codec: str, options: dict[str, str]) -> dict[str, str]:
+    """Return options of an encoder that writes the same file each time and on every machine.
+
+    Without `cpu-independent`, x264 also reads unfilled memory below 128 pixels of width.
+    """
+    if codec != "libx264":
+        return options
+    parameters = ":".join(filter(None, ("cpu-independent=1", options.get("x264-params"))))
+    return {"threads": "2", **options, "x264-params": parameters}
+
+
 def write_video(
     path: Path,
     frames: int = 12,
@@ -63,14 +74,10 @@ def write_video(
     draw: Callable[..., np.ndarray] = picture,
 ) -> Path:
     """Write a video of `frames` frames. `times` are in units of `time_base`. `colour`: matrix, primaries, transfer, range."""
-    options = dict(options or {})
-    if codec == "libx264":
-        # The same file on every machine. Without cpu-independent, x264 also reads unfilled memory below 128 pixels of width.
-        options["x264-params"] = ":".join(filter(None, ("cpu-independent=1", options.get("x264-params"))))
-        options.setdefault("threads", "2")
     with av.open(str(path), "w", options=container_options or {}) as container:
         container.metadata.update(metadata or {})
-        video = container.add_stream(codec, rate=round(1 / time_base) if times is None else 12, options=options)
+        rate = round(1 / time_base) if times is None else 12
+        video = container.add_stream(codec, rate=rate, options=repeatable(codec, options or {}))
         video.width, video.height = size
         video.pix_fmt = pixel_format
         if times is not None:
