@@ -7,8 +7,8 @@
 
 Every system runs in a process of its own, reads a video file and writes an H.264 file. `frames/s` counts from the first frame
 read to the closed file, with the loading of the network, without Python's imports. `to file s` counts from the start of the
-process: for vidgen, that of the command `vidgen upscale`. The other engines decode, infer and encode in turns, as Real-ESRGAN's
-video script does.
+process: for vidgen, that of the command `vidgen upscale`, which encodes with x264's `faster`, CRF 17, the others with `medium`,
+18: 0.2 dB less. The other engines decode, infer and encode in turns, as Real-ESRGAN's video script does.
 """
 
 from __future__ import annotations

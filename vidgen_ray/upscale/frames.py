@@ -17,7 +17,7 @@ from pydantic import Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.decode import open_video_stream
-from vidgen_ray.media.encode import Mp4Settings, VideoWriter
+from vidgen_ray.media.encode import Mp4Settings, Preset, VideoWriter
 from vidgen_ray.media.filters import through_filter
 from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.stages.base import torch_threads
@@ -155,7 +155,8 @@ def _to_rgb(frame: Any, source: VideoSource, reformatter: VideoReformatter) -> P
 Codec = Literal["h264", "hevc", "av1"]
 
 ENCODERS: dict[Codec, str] = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1"}
-DEFAULT_CRF: dict[Codec, int] = {"h264": 18, "hevc": 20, "av1": 25}
+DEFAULT_QUALITY: dict[Codec, tuple[int, Preset]] = {"h264": (17, "faster"), "hevc": (20, "medium"), "av1": (25, "medium")}
+"""Codec -> CRF, preset. x264's `faster` at 17 has 0.2 dB more than `medium` at 18, and 13 % more bytes, in 40 % less time."""
 SVT_PRESETS = {
     "ultrafast": 12,
     "superfast": 11,

@@ -27,7 +27,7 @@ from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE
 from vidgen_ray.system.console import LINE_EVERY_S, Console
 from vidgen_ray.system.quantities import duration
-from vidgen_ray.upscale.frames import DEFAULT_CRF, Codec, EncodeSettings
+from vidgen_ray.upscale.frames import DEFAULT_QUALITY, Codec, EncodeSettings
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import (
     BUILTIN_MODELS,
@@ -56,6 +56,10 @@ _OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png"
 """Endings that are not those of a folder."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
 MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
+_DEFAULT_CRF, _DEFAULT_PRESET = (
+    ", ".join(f"{default} for {codec}" for codec, default in zip(DEFAULT_QUALITY, defaults, strict=True))
+    for defaults in zip(*DEFAULT_QUALITY.values(), strict=True)
+)
 
 
 @with_options
@@ -117,12 +121,16 @@ def upscale(
             "--crf",
             min=0,
             max=63,
-            help=f"Quality; lower is better and larger. Default: {', '.join(f'{n} for {c}' for c, n in DEFAULT_CRF.items())}.",
+            help=f"Quality; lower is better and larger. Default: {_DEFAULT_CRF}.",
         ),
     ] = None,
     preset: Annotated[
-        Preset, details_option("--preset", help="Speed of the encoder, ultrafast to veryslow, as in x264.", show_default=True)
-    ] = "medium",
+        Preset | None,
+        details_option(
+            "--preset",
+            help=f"Speed of the encoder, ultrafast to veryslow, as in x264. Default: {_DEFAULT_PRESET}.",
+        ),
+    ] = None,
     preview: Annotated[
         str | None,
         typer.Option(
@@ -162,11 +170,12 @@ def upscale(
         raise UsageError("VIDEO: got nothing, must be video files, folders or patterns")
     if codec != "av1" and crf is not None and crf > 51:
         raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
+    default_crf, default_preset = DEFAULT_QUALITY[codec]
     targets = _targets(list(dict.fromkeys(path for text in videos for path in _named(text))), Path(out))
     network = find_model(model, denoise)
     options = UpscaleOptions(
         model=network,
-        encode=EncodeSettings(codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset),
+        encode=EncodeSettings(codec=codec, crf=default_crf if crf is None else crf, preset=preset or default_preset),
         scale=None if to else (2 if scale is None else scale),
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
