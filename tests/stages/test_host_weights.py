@@ -9,10 +9,13 @@ import os
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.modeling_utils import get_parameter_device
 from diffusers.pipelines import pipeline_utils
 from peft import LoraConfig, inject_adapter_in_model
 from torch.testing._internal.two_tensor import TwoTensor
@@ -84,6 +87,36 @@ def test_adapters_that_are_loaded_and_changed_later_stay_correct(gpu):
         assert torch.equal(adapted(x), changed)
         assert not torch.equal(changed, expected)
         move_networks([adapted], GPU)
+
+
+def test_hooks_are_searched_once_and_found_when_they_are_registered_later():
+    loading._search_hooks_once()
+    searches, resets = [], []
+
+    class Network(torch.nn.Sequential):
+        def modules(self):
+            searches.append(self)
+            return super().modules()
+
+    class Offloading(ModelHook):
+        _is_stateful = True
+        config = SimpleNamespace(onload_device=torch.device("cpu"))
+
+        def reset_state(self, module):
+            resets.append(module)
+
+    net = Network(torch.nn.Linear(1, 1))
+    for device in ("cpu", "meta"):
+        net.to(device)
+        assert {get_parameter_device(net).type for _ in range(3)} == {device}
+    root, part = (HookRegistry.check_if_exists_or_initialize(each) for each in (net, net[0]))
+    root.reset_stateful_hooks()
+    assert len(searches) == 1
+    part.register_hook(Offloading(), "group_offloading")
+    root.reset_stateful_hooks()
+    assert (get_parameter_device(net).type, resets) == ("cpu", [net[0]])
+    part.remove_hook("group_offloading")
+    assert get_parameter_device(net).type == "meta"
 
 
 def test_shared_weights_stay_shared(gpu):

@@ -183,10 +183,16 @@ class FluxModel:
         return embeddings
 
     def _compute_embeddings(self, prompt: str, tokens: int, place: str) -> tuple[Any, Any]:
+        # As `encode_prompt` of diffusers, which tokenises each prompt twice more, for warnings.
+        pipe = self.text_to_image
+
+        def encode(network: Any, tokenizer: Any, length: int) -> Any:
+            inputs = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            return network(inputs.input_ids.to(network.device))
+
         with self._t5_ready(place):
-            embeds, pooled, _ = self.text_to_image.encode_prompt(
-                prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
-            )
+            pooled = encode(pipe.text_encoder, pipe.tokenizer, pipe.tokenizer_max_length).pooler_output.to(self.device)
+            embeds = encode(getattr(pipe, T5), pipe.tokenizer_2, tokens)[0].to(self.device)
         if not (is_finite(embeds) and is_finite(pooled)):
             raise StageError(NOT_FINITE)
         return embeds, pooled

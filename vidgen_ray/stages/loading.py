@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
+from inspect import signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from weakref import WeakSet
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.deferred_imports import deferred_imports
@@ -97,9 +99,11 @@ def load_pipeline(
             kwargs |= {name: on_host.components[name] for name in missing}
         pipe = load(**direct, **kwargs)
     pipe.set_progress_bar_config(disable=True)
+    _search_hooks_once()
     import torch
 
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    _keep_signatures(pipe, networks.values())
     loaded = {f"{folder}: {name}": part for name, part in networks.items() if name not in given}
     if offloads:
         for name, network in loaded.items():
@@ -113,6 +117,49 @@ def load_pipeline(
             network.to(params.device)
     require_finite_weights(loaded, device=params.device)
     return pipe
+
+
+@cache
+def _search_hooks_once() -> None:
+    """Have diffusers search a network for hooks once, not in all of its modules ten times per image, until one is registered.
+
+    The hooks are those of group offloading, which tell the device, and of caches. Moving a network changes none of them.
+    """
+    from diffusers.hooks import HookRegistry, group_offloading
+
+    without_hooks = WeakSet[Any]()
+    search, reset, register = (
+        group_offloading._get_top_level_group_offload_hook,
+        HookRegistry.reset_stateful_hooks,
+        HookRegistry.register_hook,
+    )
+
+    def has_hooks(network: Any) -> bool:
+        if network in without_hooks:
+            return False
+        if any("_diffusers_hook" in vars(module) and module._diffusers_hook.hooks for module in network.modules()):
+            return True
+        without_hooks.add(network)
+        return False
+
+    def register_hook(self: Any, *arguments: Any, **named: Any) -> None:
+        # The module may be part of any network.
+        without_hooks.clear()
+        register(self, *arguments, **named)
+
+    def reset_hooks(self: Any, recurse: bool = True) -> None:
+        if has_hooks(self._module_ref):
+            reset(self, recurse)
+
+    group_offloading._get_top_level_group_offload_hook = lambda network: search(network) if has_hooks(network) else None
+    HookRegistry.register_hook, HookRegistry.reset_stateful_hooks = register_hook, reset_hooks
+
+
+def _keep_signatures(pipe: Any, networks: Iterable[torch.nn.Module]) -> None:
+    """Keep the signatures of functions for which diffusers asks in each call: of attention, in every block of every step."""
+    processors = {type(module.processor) for network in networks for module in network.modules() if "processor" in vars(module)}
+    for function in (type(pipe).__init__, *(processor.__call__ for processor in processors)):
+        function.__signature__ = signature(function)
 
 
 def speed_up_transformers(pipe: Any, params: OffloadedParams) -> None:
