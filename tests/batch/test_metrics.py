@@ -132,9 +132,13 @@ def is_complete(exported):
 
 
 def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
+    deadline = time.monotonic() + 60
+    # Ray loses what it reports before the agent has started. By default, its first report comes after 10 s.
+    while not scrape(metrics_address):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)  # polls: the agent does not send events
     run = Run.remote()
     ray.get(run.record.remote())
-    deadline = time.monotonic() + 60
     while not is_complete(exported := scrape(metrics_address)):
         assert time.monotonic() < deadline, {name: exported[name] for name in exported if "vidgen" in name}
         time.sleep(0.2)  # polls: the metrics agent does not send events

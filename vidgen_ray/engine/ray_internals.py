@@ -48,9 +48,9 @@ def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> It
     Ray starts both even without a dashboard and for one machine, waits for the server, then waits until its agents have chosen
     their ports. It asks once a second whether its node has started, and imports packages of the dashboard to see whether it has
     them. `ports`: that of each of `AGENT_PORTS`. `log_to_driver`: start the monitor of log files, which only the output of
-    workers needs.
+    workers needs. Metrics that a process reports before the agents have started are lost; by default, it reports after 10 s.
     """
-    make_params, get_node = parameter.RayParams, services.get_node
+    make_params, get_node, start_process = parameter.RayParams, services.get_node, services.start_ray_process
     fixed: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver, **ports}
 
     def make_params_without_services(**params: Any) -> parameter.RayParams:
@@ -66,7 +66,14 @@ def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> It
                 time.sleep(NODE_POLL_S)
         return get_node(gcs_address, node_id)
 
+    def start_with_port(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:
+        # Without this flag, which Ray does not pass, the raylet waits until the agent has written the port to a file.
+        port = [f"--dashboard_agent_listen_port={fixed['dashboard_agent_listen_port']}"]
+        is_raylet = process_type == ray_constants.PROCESS_TYPE_RAYLET
+        return start_process([*command, *port] if is_raylet else command, process_type, *args, **options)
+
     with (
+        patch.object(services, "start_ray_process", start_with_port),
         patch.object(parameter, "RayParams", make_params_without_services),
         patch.object(node_module.Node, "start_api_server", lambda self, **_: None),
         patch.object(services, "get_node", get_started_node),
