@@ -13,6 +13,7 @@ from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.flux import FluxRefineStage
 from vidgen_ray.stages.flux_model import FEW_STEP_LORA
 from vidgen_ray.weights import resolve
@@ -73,6 +74,19 @@ def test_stage_of_another_package_comes_behind_the_one_that_it_follows(monkeypat
     monkeypatch.setattr(OwnStage, "name", "svd")
     with pytest.raises(TypeError, match="the name 'svd' is taken"):
         graph._with_other_packages(graph.BUILT_IN)
+
+
+def test_stage_that_overrides_applies_decides_for_each_shot(monkeypatch):
+    class Sepia(Stage):
+        name = "sepia"
+
+        @classmethod
+        def applies(cls, shot):
+            return shot.metadata.get("sepia") is True
+
+    monkeypatch.setattr(graph, "STAGES", (*STAGES, Sepia))
+    shots = [Shot(prompt="a", metadata={"sepia": sepia}) for sepia in (False, True, False)]
+    assert [Sepia in stages_of(shot) for shot in shots] == [False, True, False]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from functools import cache
 from importlib.metadata import entry_points
 from itertools import takewhile
 from operator import attrgetter
@@ -121,10 +122,16 @@ def max_loras(profile: Profile) -> int:
     )
 
 
-_choices_of = attrgetter("generate_video", *sorted({stage.chosen_by for stage in STAGES}))
+@cache
+def _choices_of(stages: tuple[type[Stage[Any]], ...]) -> Callable[[Shot], tuple[Any, ...]]:
+    """Return what gets from a shot all that decides which of these stages it passes."""
+    default = vars(Stage)["applies"].__func__
+    own = [stage for stage in stages if getattr(stage.applies, "__func__", None) is not default]
+    fields = attrgetter("generate_video", *sorted({stage.chosen_by for stage in stages if stage not in own}))
+    return lambda shot: (fields(shot), *[stage.applies(shot) for stage in own])
 
 
-@cached({}, key=lambda shot: (STAGES, _choices_of(shot)))
+@cached({}, key=lambda shot: (STAGES, *_choices_of(STAGES)(shot)))
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
     """Return the stages that the shot passes, in order."""
     return tuple([stage for stage in STAGES if stage.applies(shot)])

@@ -323,7 +323,7 @@ class Stage(ABC, Generic[P]):
 
     @classmethod
     def applies(cls, shot: Shot) -> bool:
-        """Return whether the shot passes this stage. Depends on `generate_video` and the field of `chosen_by` only."""
+        """Return whether the shot passes this stage."""
         is_chosen = getattr(shot, cls.chosen_by) in (True, cls.name)
         return is_chosen and (shot.generate_video or "frames" not in cls.takes)
 
