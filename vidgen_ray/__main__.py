@@ -2,6 +2,6 @@
 
 import sys
 
-from vidgen_ray.cli import main
+from vidgen_ray.cli import run_process
 
-sys.exit(main())
+sys.exit(run_process())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
@@ -11,6 +12,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 from unittest.mock import Mock
 
 import numpy as np
+import pytest
 import ray
 from PIL import Image
 
@@ -100,20 +102,31 @@ def test_missing_weights_and_unreachable_clusters_exit_with_code_4(tmp_path, cap
         assert f"no Ray cluster at '{used}'" in capsys.readouterr().err
 
 
-def test_process_of_a_command_calls_exit_handlers_and_frees_no_objects():
-    code = """
+@pytest.mark.parametrize(("is_host", "printed"), [(False, "handled\n"), (True, "handled\nbefore\nfreed\n")])
+def test_process_of_a_command_calls_exit_handlers_and_frees_no_objects(is_host, printed):
+    """A process with exit handlers of its own, or one that calls `main`, ends as usual."""
+    code = f"""
 import atexit, sys
-from vidgen_ray.cli import main
+from vidgen_ray.cli import main, run_process
 class Freed:
     def __del__(self):
         print("freed", flush=True)
 freed = Freed()
-code = main()
+if {is_host}:
+    atexit.register(print, "before")
+    assert main() == 3
+code = run_process()
 atexit.register(print, "handled")
 sys.exit(code)
 """
     ended = subprocess.run([sys.executable, "-c", code, "validate", "none.jsonl"], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (3, "handled\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (3, printed), ended.stderr
+
+
+def test_command_with_a_closed_output_succeeds():
+    command = f"{shlex.quote(sys.executable)} -m vidgen_ray schema"
+    closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_exit_codes_are_pinned():

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from vidgen_ray.version import __version__
 
-__all__ = ["main"]
+__all__ = ["main", "run_process"]
 
 _NEW_OBJECTS = 50_000
 """New objects after which Python looks for garbage. A command imports several times as many, which stay."""
@@ -18,20 +18,29 @@ _NEW_OBJECTS = 50_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors that a user can fix are printed without a traceback.
 
-    Default `argv`: that of this process, which ends soon after.
+    Default `argv`: that of this process.
     """
     if list(sys.argv[1:] if argv is None else argv) == ["--version"]:
         sys.stdout.write(f"{__version__}\n")
         return 0
-    codes: list[int] = []
-    if argv is None:
-        gc.set_threshold(_NEW_OBJECTS)
-        # What is registered first is called last.
-        atexit.register(_exit, codes)
     # Commands of other packages import parts of this one, and not all commands.
     from vidgen_ray.cli.app import run_command
 
-    codes.append(run_command(argv))
+    return run_command(argv)
+
+
+def run_process() -> int:
+    """Run the command of this process, which ends with the returned exit code."""
+    # Python has no stream for an output that is closed.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # it stays open
+    gc.set_threshold(_NEW_OBJECTS)
+    codes: list[int] = []
+    # What is registered first is called last. Tools that trace or measure Python may have registered something before.
+    if not atexit._ncallbacks():
+        atexit.register(_exit, codes)
+    codes.append(main())
     return codes[0]
 
 
