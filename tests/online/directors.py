@@ -75,7 +75,7 @@ class LocalDirector:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def wake(self, has_cancels: bool = False) -> None:
+    def wake(self, *, has_cancels: bool = False) -> None:
         self._woken.set()
 
     def close(self) -> None:

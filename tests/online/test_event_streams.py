@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -15,6 +16,7 @@ from tests.online.directors import SMALL, listening_on_a_port, local_server, set
 from tests.online.test_store import new_job
 from vidgen_ray.online import event_streams
 from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.api_process import DirectorClient
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
 from vidgen_ray.online.server_settings import Limits
@@ -199,3 +201,51 @@ def test_requests_that_wait_for_one_job_are_capped_per_key():
             pass
     with streams.waiting(ada), streams.waiting(ada):
         pass
+
+
+class RecordingDirector:
+    """Records the calls of its handle. Calls that wait return at the next `change`."""
+
+    def __init__(self):
+        self.calls, self.changes, self._change = [], 0, asyncio.Event()
+
+    def __getattr__(self, method):
+        return SimpleNamespace(remote=partial(self._call, method))
+
+    def change(self):
+        self.changes += 1
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def _call(self, method, *arguments):
+        self.calls.append((method, *arguments))
+        if method != "wake" and arguments[-1] == self.changes:
+            await self._change.wait()
+        return self.changes
+
+
+def test_one_call_wakes_the_director_and_waits_for_changes():
+    async def calls():
+        director = RecordingDirector()
+        client = DirectorClient(director)
+        client.wake()
+        changed = asyncio.ensure_future(client.changed())
+        await asyncio.sleep(0)
+        client.wake()
+        client.wake(has_cancels=True)
+        await asyncio.sleep(0)
+        director.change()
+        await changed
+        # Without a call that waits for it.
+        director.change()
+        client.wake()
+        await client.changed()
+        changed = asyncio.ensure_future(client.changed())
+        while len(director.calls) < 4:
+            await asyncio.sleep(0)
+        director.change()
+        await changed
+        return director.calls
+
+    together = "wake_until_changed"
+    assert run(calls()) == [(together, False, 0), ("wake", True), (together, False, 1), ("changed", 2)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -23,6 +25,8 @@ DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
 _POLL_S = 1.0
 """Seconds between two polls of the store without a call of the director, while it restarts or if other servers change jobs."""
+_PAUSE_S = 0.02
+"""Seconds from a change of jobs until the next call that only waits for changes."""
 CONNECTIONS = MAX_STREAMS + 2_000
 """Open connections and requests, event streams included. Others get 503."""
 _CLOSE_S = 2
@@ -37,14 +41,20 @@ class DirectorClient:
         self._news = set[bool]()
         """Arguments of calls of `wake` that the director has not got."""
         self._waking: asyncio.Task[None] | None = None
-        self._seen = 0
-        self._changed: asyncio.Task[None] | None = None
+        self._seen = self._returned = 0
+        """Number of the last change that the director has told, and of the last one for which `changed` has returned."""
+        self._waiting: asyncio.Task[None] | None = None
+        """Call of the director that waits for the next change."""
 
-    def wake(self, has_cancels: bool) -> None:
+    def wake(self, *, has_cancels: bool = False) -> None:
         """Wake the director, as `NotifyDirector`. One call at a time: none pile up while the director is down."""
-        self._news.add(has_cancels)
-        if self._waking is None or self._waking.done():
-            self._waking = asyncio.ensure_future(self._wake())
+        if self._is_waiting:
+            self._news.add(has_cancels)
+            if self._waking is None or self._waking.done():
+                self._waking = asyncio.ensure_future(self._wake())
+        else:
+            # One call does both: each takes a millisecond of both processes.
+            self._wait_for_change(partial(self._director.wake_until_changed.remote, has_cancels))
 
     async def _wake(self) -> None:
         while news := self._news:
@@ -55,16 +65,28 @@ class DirectorClient:
 
     async def changed(self) -> None:
         """Wait until the director has stored changes of jobs after the last call, at most `_POLL_S`."""
-        # A call that has not returned yet is used again: none pile up.
-        if self._changed is None or self._changed.done():
-            self._changed = asyncio.ensure_future(self._next_change())
-        await asyncio.wait([self._changed], timeout=_POLL_S)
+        if not self._is_waiting:
+            # The next job often follows at once, and its call waits for changes, too.
+            await asyncio.sleep(_PAUSE_S)
+        if self._seen == self._returned:
+            if not self._is_waiting:
+                self._wait_for_change(self._director.changed.remote)
+            assert self._waiting is not None
+            await asyncio.wait([self._waiting], timeout=_POLL_S)
+        self._returned = self._seen
 
-    async def _next_change(self) -> None:
-        try:
-            self._seen = await self._director.changed.remote(self._seen)
-        except unreachable():
-            await asyncio.sleep(_POLL_S)
+    @property
+    def _is_waiting(self) -> bool:
+        return self._waiting is not None and not self._waiting.done()
+
+    def _wait_for_change(self, call: Callable[[int], Awaitable[int]]) -> None:
+        async def wait() -> None:
+            try:
+                self._seen = await call(self._seen)
+            except unreachable():
+                await asyncio.sleep(_POLL_S)
+
+        self._waiting = asyncio.ensure_future(wait())
 
     async def missing(self) -> str | None:
         """Return what the server lacks to run jobs. `None` if nothing is missing."""

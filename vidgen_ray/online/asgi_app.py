@@ -78,7 +78,7 @@ def make_app(
     keys: ApiKeys,
     *,
     changed: Callable[[], Awaitable[None]],
-    jobs_changed: NotifyDirector = lambda _: None,
+    jobs_changed: NotifyDirector = lambda **_: None,
     missing: Callable[[], Awaitable[str | None]] = _nothing,
 ) -> FastAPI:
     """Return the app of a server: its API and its web page. `changed`: see `JobFeed`; `jobs_changed`: see `NotifyDirector`.

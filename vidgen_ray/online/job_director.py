@@ -109,7 +109,8 @@ class JobDirector:
         self._cancelled: set[str] = set()
         self._over_budget: set[str] = set()
         """Jobs that are stopped because their key has spent a budget."""
-        self._updates: dict[str, JobProgress] = {}
+        self._updates: dict[str, Callable[[], JobProgress]] = {}
+        """Running job -> estimates its progress. Most short jobs end before it is stored."""
         self._spent: dict[str, float] = {}
         """GPU-seconds of running jobs, of all claims."""
         self._ends: dict[str, End] = {}
@@ -149,6 +150,11 @@ class JobDirector:
         if seen == self._changes:
             await self._change.wait()
         return self._changes
+
+    async def wake_until_changed(self, has_cancels: bool, seen: int) -> int:
+        """`wake`, then `changed`: one call instead of two."""
+        await self.wake(has_cancels)
+        return await self.changed(seen)
 
     async def drain(self, grace_s: float) -> int:
         """Start no more jobs, and give running ones `grace_s` seconds. Return how many were queued again."""
@@ -273,7 +279,7 @@ class JobDirector:
             return
         updates: list[JobProgress] = []
         if is_full:
-            updates, self._updates = [each for each in self._updates.values() if each.job_id in running], {}
+            updates, self._updates = [estimate() for job_id, estimate in self._updates.items() if job_id in running], {}
         self._may_be_cancelled = False
         self._may_be_queued &= not limit
         try:
@@ -458,8 +464,7 @@ class JobDirector:
 
         def on_progress(progress: Progress) -> None:
             self._spent[job.id] = self._spent.get(job.id, spent) + (progress.gpu_seconds or 0.0)
-            percent = estimator.percent(progress)
-            self._updates[job.id] = JobProgress(job.id, *progress[:3], percent, self._spent[job.id])
+            self._updates[job.id] = lambda: JobProgress(job.id, *progress[:3], estimator.percent(progress), self._spent[job.id])
 
         record = await self._renderer.render(plan, on_progress)
         self._metrics.shot_rendered(job.tenant, record.stages)

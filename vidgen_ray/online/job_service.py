@@ -10,10 +10,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import JsonValue, TypeAdapter
 from sqlalchemy.exc import SQLAlchemyError
@@ -57,8 +57,11 @@ QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 ERASE_RETRY_S = 2
 
-NotifyDirector = Callable[[bool], None]
-"""Wakes the director: there are new jobs, or, if True, jobs to cancel. Without this call it finds them at its next poll."""
+
+class NotifyDirector(Protocol):
+    """Wakes the director: there are new jobs, and jobs to cancel if `has_cancels`. Otherwise it finds them at its next poll."""
+
+    def __call__(self, *, has_cancels: bool = False) -> None: ...
 
 
 class Erased(NamedTuple):
@@ -83,7 +86,7 @@ class JobService:
         store: JobStore,
         outputs: OutputFolder,
         serving_profile: ServingProfile,
-        jobs_changed: NotifyDirector = lambda _: None,
+        jobs_changed: NotifyDirector,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -141,7 +144,7 @@ class JobService:
             seconds = None if error.resets_at is None or not error.can_pass_later else error.resets_at - time.time()
             raise over_budget(str(error), seconds) from None
         if created:
-            self.jobs_changed(False)
+            self.jobs_changed()
         return stored
 
     def _store_new(
@@ -173,13 +176,13 @@ class JobService:
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
         job = await in_write_thread(self._store.request_cancel, job_id, tenant.name)
-        self.jobs_changed(True)
+        self.jobs_changed(has_cancels=True)
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Hide a job and cancel it. Return False if the tenant has no such job."""
         deleted = await in_write_thread(self._store.delete, job_id, tenant.name)
-        self.jobs_changed(True)
+        self.jobs_changed(has_cancels=True)
         return deleted
 
     async def erase_character(self, tenant: Tenant, character: Character, *, with_videos: bool) -> Erased:

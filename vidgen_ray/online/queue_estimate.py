@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
@@ -25,9 +26,12 @@ class ProgressEstimator:
     """Progress estimate of one shot. The percentage never decreases, even if a retry starts a stage again."""
 
     def __init__(self, plan: ShotPlan, profile: Profile) -> None:
-        self._seconds = expected_seconds(plan.shot, profile)
-        self._total = sum(self._seconds.values()) or 1.0
+        self._plan, self._profile = plan, profile
         self._percent = 0
+
+    @cached_property
+    def _seconds(self) -> dict[str, float]:
+        return expected_seconds(self._plan.shot, self._profile)
 
     def percent(self, progress: Progress) -> int:
         """Return 0 to 99 for the progress of a stage. All earlier stages count as done."""
@@ -37,7 +41,7 @@ class ProgressEstimator:
                 done += seconds * (progress.step / progress.steps if progress.steps else 0)
                 break
             done += seconds
-        self._percent = max(self._percent, min(MAX_UNFINISHED_PERCENT, int(100 * done / self._total)))
+        self._percent = max(self._percent, min(MAX_UNFINISHED_PERCENT, int(100 * done / (sum(self._seconds.values()) or 1.0))))
         return self._percent
 
 

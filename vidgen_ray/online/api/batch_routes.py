@@ -83,7 +83,7 @@ async def get_batch(server: ServerDep, tenant: TenantDep, batch_id: str) -> Batc
 async def cancel_batch(server: ServerDep, tenant: TenantDep, batch_id: str) -> BatchResponse:
     """Cancel a batch. Lines that are not completed get an error. Has no effect on a batch that has ended."""
     await in_write_thread(server.store.batches.cancel, await _batch_of(server, tenant, batch_id))
-    server.job_service.jobs_changed(True)
+    server.job_service.jobs_changed(has_cancels=True)
     return await _response(server, await _batch_of(server, tenant, batch_id))
 
 

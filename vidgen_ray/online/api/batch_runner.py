@@ -96,7 +96,7 @@ async def advance(server: ServerContext, batch: Batch, max_queued: int = QUEUED)
         lines = [await _line(server, tenant, batch, *line, unread) for line in read]
         budgets = tenant.limits.budgets if tenant is not None else ()
         stored = await in_write_thread(batches.add, batch, lines, server.job_service.files_exist, budgets)
-        server.job_service.jobs_changed(False)
+        server.job_service.jobs_changed()
         return 0 if stored else LOST_S
     if queued or in_progress:
         return _POLL_S

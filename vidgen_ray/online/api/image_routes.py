@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from PIL import Image as PILImage
 from sse_starlette import ServerSentEvent
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.errors import VidgenError
@@ -194,7 +194,7 @@ async def _respond(
             data.append(ImageResult(id=job.id, b64_json=await asyncio.to_thread(_encode_result, server, job, options)))
     output_format = "png" if options.response_format == "url" else options.output_format
     body = ImagesResponse(created=int(time.time()), data=data, output_format=output_format, size=_size(ended[0]))
-    return JSONResponse(body.model_dump(mode="json", exclude_none=True))
+    return Response(body.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 async def _events(

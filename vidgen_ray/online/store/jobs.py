@@ -202,7 +202,7 @@ class JobRows:
 
         Raises BudgetExceeded if its estimate does not fit into the budgets of its key.
         """
-        if not job.state.is_final:
+        if not job.state.is_final and job.estimate:
             correction = self._usage.correction(transaction.connection, str(job.request.get("model")))
             job = job.model_copy(update={"reserved": job.estimate * correction})
             self._usage.check(transaction.connection, job.key_id, budgets, job.reserved)
@@ -458,7 +458,8 @@ class JobClaims:
             if claim_s is not None and (ids := self._expired(transaction, claim_s)):
                 cancelled = self._rows.end(transaction, [JOBS.c.id.in_(ids), JOBS.c.cancel_requested], JobState.CANCELLED)
                 ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-            ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": max(0, limit - reserved - len(ids)), **now})
+            if (first := limit - reserved - len(ids)) > 0:
+                ids += transaction.connection.scalars(FIRST_QUEUED, {"limit": first, **now})
             if reserved and len(ids) >= limit - reserved:
                 ids += transaction.connection.scalars(FIRST_OTHERS, {"claimed": ids, "limit": limit - len(ids), **now})
             if not ids:
