@@ -111,12 +111,13 @@ def script_line(plan: ShotPlan) -> dict[str, Any]:
 def _without_effectless(shot: Shot) -> Shot:
     """Return the shot with the default of every switch that does not change its way through the stages."""
     defaults = {name: Shot.model_fields[name].default for name in SWITCHES}
-    for name in [name for name, default in defaults.items() if getattr(shot, name) != default]:
+    way, values = _way(shot), shot.model_dump()
+    for name in [name for name, default in defaults.items() if values[name] != default]:
         # Some defaults do not fit other models.
         with suppress(ValidationError):
-            other = Shot.model_validate({**shot.model_dump(), name: defaults[name]})
-            if _way(other) == _way(shot):
-                shot = other
+            other = Shot.model_validate({**values, name: defaults[name]})
+            if _way(other) == way:
+                shot, values = other, other.model_dump()
     # A script line of a continued shot names the start image instead.
     return shot.model_copy(update={"continue_from": None})
 

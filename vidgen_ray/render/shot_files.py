@@ -54,9 +54,9 @@ class ShotFiles:
         self._plan, self._shot = plan, plan.shot
         self._encode = encode
         self._provenance = provenance
-        self._records = provenance_records(plan, _FILES, provenance)
-        self._stages = outputs.stage_cache if keep_stages else None
         self._sizes = file_sizes(plan.shot)
+        self._records = provenance_records(plan, self._sizes, provenance)
+        self._stages = outputs.stage_cache if keep_stages else None
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
         self._clips: dict[str, Mp4Writer] = {}
         self._frames = 0
@@ -124,7 +124,7 @@ class ShotFiles:
 
     def _sign(self, path: Path) -> bool:
         """Sign a finished file, if files are signed. Inputs of other shots and intermediate results are not."""
-        record = next((self._records[name] for name, file in _FILES.items() if file == path.name), None)
+        record = next((self._records.get(name) for name, file in _FILES.items() if file == path.name), None)
         if record is None or self._provenance.signing_key is None:
             return False
         sign_file(path, record, self._provenance.signing_key)

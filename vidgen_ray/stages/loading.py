@@ -158,7 +158,7 @@ def _search_hooks_once() -> None:
 def _keep_signatures(pipe: Any, networks: Iterable[torch.nn.Module]) -> None:
     """Keep the signatures of functions for which diffusers asks in each call: of attention, in every block of every step."""
     processors = {type(module.processor) for network in networks for module in network.modules() if "processor" in vars(module)}
-    for function in (type(pipe).__init__, *(processor.__call__ for processor in processors)):
+    for function in (type(pipe).__init__, type(pipe.scheduler).set_timesteps, *(kind.__call__ for kind in processors)):
         function.__signature__ = signature(function)
 
 
