@@ -11,7 +11,7 @@ from skimage import data
 
 from tests.stages.test_profile_dtypes import psnr
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Item, frame_chunks
+from vidgen_ray.stages.base import Item, frame_chunks, progress_callback
 from vidgen_ray.stages.rife import KEPT_FRAMES, LARGEST_MULTIPLE_PX, RifeStage, image_similarity
 
 SIZE_PX = 64
@@ -85,6 +85,19 @@ def test_clip_may_be_cut_anywhere(rife, make_shot):
         chunks = frame_chunks(len(whole), cut)
         parts = [rife.run_chunk(shot, clip[rife.source_frames(shot, chunk)], chunk) for chunk in chunks]
         assert np.array_equal(np.concatenate(parts), whole), cut
+
+
+def test_parts_of_a_chunk_draw_equally_many_frames(rife, make_shot, monkeypatch):
+    shot, clip, drawn, reports = make_shot(interpolation=2), pan(data.astronaut(), 6), [], []
+    whole, joined = interpolated(rife, shot, clip)[2:10], np.empty((8, SIZE_PX, SIZE_PX, 3), np.uint8)
+    between = rife._between
+    monkeypatch.setattr(rife, "_between", lambda *pair: drawn.append(number) or between(*pair))
+    for number in (0, 1):
+        with progress_callback(lambda *progress: reports.append(progress[1:])):
+            rife.run_chunk(shot, clip[1:], slice(2, 10), joined, (number, 2))
+    assert np.array_equal(joined, whole)
+    assert drawn == [0, 0, 1, 1]
+    assert reports == [(2, 8), (4, 8), (6, 8), (8, 8)] * 2
 
 
 def test_stage_applies_only_to_clips_of_a_higher_rate(make_shot):

@@ -28,9 +28,9 @@ from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.render.oom_fallback import is_out_of_memory, prepare_gpu
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
-    EVERYTHING,
     Artefacts,
     ChunkedStage,
+    ChunkPart,
     Frames,
     Item,
     Stage,
@@ -224,7 +224,7 @@ class _DividedClips(DividedStage, ChunkedStage[StageParams]):
     """The same of a stage that makes clips in chunks: every process makes some of them, alone."""
 
     def run_chunk(
-        self, shot: Shot, frames: Frames, chunk: slice | None = None, output: Frames | None = None, share: slice = EVERYTHING
+        self, shot: Shot, frames: Frames, chunk: slice | None = None, output: Frames | None = None, share: ChunkPart = (0, 1)
     ) -> Frames:
         if not self.group.lost:
             with suppress(GroupLost):
@@ -280,7 +280,7 @@ def _serve(pipe: Connection, rank: int, gpus: int, own_gpu: str | None, meeting:
     (device,) = {params.device for _, params in kinds.values()}
     join_group(rank, gpus, meeting, device)
     stages = {name: stage(params) for name, (stage, params) in kinds.items()}
-    calls: dict[str, Callable[..., Any]] = {RUN: _run, _RUN_CHUNK: partial(_run_chunk, slice(rank, None, gpus))}
+    calls: dict[str, Callable[..., Any]] = {RUN: _run, _RUN_CHUNK: partial(_run_chunk, (rank, gpus))}
 
     def on_progress(*progress: Any) -> None:
         pipe.send((_PROGRESS, progress))
@@ -311,7 +311,7 @@ def _run(stage: Stage[Any], params: StageParams, item: Item) -> tuple[Artefacts,
 
 
 def _run_chunk(
-    share: slice,
+    share: ChunkPart,
     stage: Stage[Any],
     params: StageParams,
     shot: Shot,

@@ -558,7 +558,8 @@ def reference_work(stage: type[Stage[Any]]) -> ShotWork | None:
 
 DARK = 16
 """Value of a pixel below which it is black."""
-EVERYTHING = slice(None)
+ChunkPart = tuple[int, int]
+"""Number, from 0, and count of the parts of a chunk that are made at the same time, with equally many calls if possible."""
 _CHUNKS_GAIN = 0.875
 """Share of a group's GPUs that make chunks at a time: 25 frames in chunks of 4 are 7 chunks on 2, 4 or 8 GPUs."""
 
@@ -628,12 +629,12 @@ class ChunkedStage(Stage[P]):
         return Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source], None)})  # type: ignore[misc]
 
     def run_chunk(
-        self, shot: Shot, frames: Frames, chunk: slice | None = None, output: Frames | None = None, share: slice = EVERYTHING
+        self, shot: Shot, frames: Frames, chunk: slice | None = None, output: Frames | None = None, share: ChunkPart = (0, 1)
     ) -> Frames:
         """Make the output frames `chunk` from the input frames `source_frames(shot, chunk)`. `None`: a whole clip.
 
         Cut at multiples of `chunk_frames`, any division of a clip gives the same bytes.
-        `output`: array to write to. `share`: calls of `process_chunk` to make of those of the chunk, in their order.
+        `output`: array to write to. `share`: the part of the chunk to make.
         """
         import torch
 
@@ -648,7 +649,7 @@ class ChunkedStage(Stage[P]):
         return n_output, height * self.scale_factor(shot), width * self.scale_factor(shot), 3
 
     def _run_clip(
-        self, shot: Shot, frames: Frames, chunk: slice | None, output: Frames | None = None, share: slice = EVERYTHING
+        self, shot: Shot, frames: Frames, chunk: slice | None, output: Frames | None = None, share: ChunkPart = (0, 1)
     ) -> Frames:
         import numpy as np
 
@@ -657,14 +658,18 @@ class ChunkedStage(Stage[P]):
         n_output, begin = len(output), 0 if chunk is None else chunk.start
         first = self.source_frames(shot, slice(begin, begin + n_output)).start
         finished, finish = 0, None
-        for part in frame_chunks(n_output, self.chunk_frames(self.params))[share]:
+        parts, (number, shares) = frame_chunks(n_output, self.chunk_frames(self.params)), share
+        # Neighbours: frames that are drawn and frames that are copied may take turns.
+        parts = parts[len(parts) * number // shares : len(parts) * (number + 1) // shares]
+        for part in parts:
             made = slice(begin + part.start, begin + part.stop)
             source = self.source_frames(shot, made)
             started = self.start_chunk(shot, frames[source.start - first : source.stop - first], made, output[part])
             if finish is not None:
                 finish()
                 report_progress(self.name, finished, n_output)
-            finished, finish = part.stop, started
+            finished = n_output * (part.stop - parts[0].start) // (parts[-1].stop - parts[0].start)
+            finish = started
         if finish is not None:
             finish()
             report_progress(self.name, finished, n_output)
