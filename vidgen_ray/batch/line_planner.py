@@ -250,17 +250,12 @@ class LaterLines:
         """
         deadline_s = time.thread_time() + RESUME_S
         blocks = self._blocks()
-        # Otherwise the collector checks all objects of the imported modules again and again: a sixth of the time.
-        gc.freeze()
-        try:
-            while self._planner.found_all and time.thread_time() < deadline_s:
-                if (block := next(blocks, None)) is None:
-                    yield None
-                    return
-                self._read += len(block)
-                yield self._planner.plan(block)
-        finally:
-            gc.unfreeze()
+        while self._planner.found_all and time.thread_time() < deadline_s:
+            if (block := next(blocks, None)) is None:
+                yield None
+                return
+            self._read += len(block)
+            yield self._planner.plan(block)
 
     def rest(self) -> Iterator[list[Line]]:
         """Yield the other lines, planned by parallel tasks on this node, which can read the script and its files.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -176,9 +177,12 @@ class RunResults:
         self._enter(row, None, line.replaces)
         self._listener.on_finished(row)
 
-    @property
+    @cached_property
     def durations(self) -> dict[str, list[tuple[float, RelativeCost]]]:
-        """Stage, or ENCODING -> (seconds, relative cost) of the last shots that were not taken from the cache."""
+        """Stage, or ENCODING -> (seconds, relative cost) of the last shots that were not taken from the cache.
+
+        Read it after the last shot.
+        """
 
         def cost(name: str, shot: Shot) -> RelativeCost:
             return RelativeCost(mpx := encoded_mpx(shot), mpx) if name == ENCODING else relative_costs(shot, (name,))[name]

@@ -464,7 +464,7 @@ def _rows(
             position = batch.schema.get_field_index("status")
             status = compute.if_else(pyarrow.array(file.replaced[rows]), REPLACED, batch.column(position))
             batch = batch.set_column(position, "status", status)
-        yield batch.filter(pyarrow.array(file.current[rows]))
+        yield batch if file.current[rows].all() else batch.filter(pyarrow.array(file.current[rows]))
 
 
 def manifest_batches(storage: Storage, columns: Sequence[str] | None = None) -> Iterator[pyarrow.RecordBatch]:
