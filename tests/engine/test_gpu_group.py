@@ -269,6 +269,15 @@ def test_errors_and_cancelled_calls_leave_the_group_usable_and_a_crash_its_worke
     assert clip_alone.shape == (1, 128, 256, 3)
 
 
+def test_lost_group_is_not_started_again():
+    group = GpuGroup(2)
+    group._start = Mock(side_effect=OSError("no memory"))
+    for kind, params in ((SVDStage, SVDParams), (RealESRGANStage, RealESRGANParams)):
+        group.divided(kind, params(weights="none")).load()
+    assert group.lost == "OSError: no memory"
+    group._start.assert_called_once()
+
+
 def code_columns(rank, processes, meeting, config, sizes, results):
     """Encode and decode random clips in this process of a group, and put them with the widest part that it computed.
 

@@ -189,8 +189,9 @@ class DividedStage(Stage[StageParams]):
     _is_loaded_here = False
 
     def load(self) -> None:
-        with suppress(GroupLost):
-            self.group.load(self.name)
+        if not self.group.lost:
+            with suppress(GroupLost):
+                self.group.load(self.name)
 
     def move(self, device: str) -> None:
         if self._is_loaded_here:
