@@ -327,7 +327,8 @@ class JobDirector:
             if is_full:
                 queue.fail_late()
             stopped = queue.heartbeat(self.owner, held) if held else set()
-            queue.progress(self.owner, updates)
+            if updates:
+                queue.progress(self.owner, updates)
             jobs = queue.claim(self.owner, CLAIM_S if is_full else None, limit, self._reserved_slots) if limit else ()
             started = [*held, *(job.id for job in jobs)]
             may_be_over = bool(started and (is_full or jobs) and self._keys.budgets)

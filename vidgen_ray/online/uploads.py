@@ -259,7 +259,9 @@ class BodyCap:
                 raise too_large_error(None, self._cap_bytes)
             return message
 
-        await self._app(scope, counted, send)
+        # `BodyBudget` counts a body until this is closed: when it has been read, or the request has ended.
+        with ExitStack() as scope.setdefault("state", {})["body"]:
+            await self._app(scope, counted, send)
 
 
 class BodyBudget:
@@ -272,12 +274,12 @@ class BodyBudget:
         self._caps = caps
         self.arriving: Counter[str] = Counter()
 
-    def reserve(self, tenant: Tenant, scope: Scope) -> ExitStack:
-        """Count the announced bytes of a body until the stack is closed. A chunked body counts as the largest one.
+    def reserve(self, tenant: Tenant, request: Request) -> None:
+        """Count the announced bytes of a body until `request.state.body` is closed. A chunked body counts as the largest one.
 
         Raises ApiError 429 if it would exceed a limit.
         """
-        size, key_id, reserved = min(announced_bytes(scope), self._caps.body_bytes), tenant.key_id, ExitStack()
+        size, key_id = min(announced_bytes(request.scope), self._caps.body_bytes), tenant.key_id
         if size > SMALL_BODY_BYTES:
             for arriving, allowed, where in (
                 (self.arriving[key_id], tenant.limits.receiving_bytes, "with this key"),
@@ -287,8 +289,7 @@ class BodyBudget:
                     message = f"At most {allowed} bytes of request bodies may arrive at once {where}"
                     raise too_many_requests(message, "too_many_bytes", RECEIVING_RETRY_S)
             self.arriving[key_id] += int(size)
-            reserved.callback(self.arriving.subtract, {key_id: int(size)})
-        return reserved
+            request.state.body.callback(self.arriving.subtract, {key_id: int(size)})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,14 +51,14 @@ async def content_tenant(
     signature: Annotated[str | None, Query(description="Of a signed URL, which needs no API key.")] = None,
     key: Annotated[str | None, Query(description="Of a signed URL: public id of the key that signed it.")] = None,
     expires: Annotated[str | None, Query(description="Of a signed URL: when it expires, in seconds since 1970.")] = None,
-) -> AsyncIterator[Tenant]:
+) -> Tenant:
     """Authenticate a request as `tenant_of`, or by the signature of its URL."""
     if signature is None:
         tenant = await server.auth.api_tenant(request, credentials.credentials if credentials else None)
     else:
         tenant = await asyncio.to_thread(server.auth.signed_tenant, request, video_id, variant)
-    with server.body_budget.reserve(tenant, request.scope) as request.state.body:
-        yield tenant
+    server.body_budget.reserve(tenant, request)
+    return tenant
 
 
 ContentTenantDep = Annotated[Tenant, Depends(content_tenant)]

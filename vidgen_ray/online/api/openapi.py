@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Annotated, Any
 
@@ -167,14 +167,14 @@ ServerDep = Annotated[ServerContext, Depends(server_of)]
 
 async def tenant_of(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)], server: ServerDep
-) -> AsyncIterator[Tenant]:
+) -> Tenant:
     """Authenticate the request, and count its body until `receive` has read it, or the request has ended.
 
     Raises ApiError 400, 401, 403 or 429; see `Authenticator.api_tenant` and `BodyBudget.reserve`.
     """
     tenant = await server.auth.api_tenant(request, credentials.credentials if credentials else None)
-    with server.body_budget.reserve(tenant, request.scope) as request.state.body:
-        yield tenant
+    server.body_budget.reserve(tenant, request)
+    return tenant
 
 
 TenantDep = Annotated[Tenant, Depends(tenant_of)]

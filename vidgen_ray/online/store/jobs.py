@@ -143,7 +143,7 @@ HELD = JOBS.c.owner == bindparam("held_by"), IS_OPEN, JOBS.c.state == JobState.I
 # Statements of each job. SQLAlchemy takes a millisecond to build one, and finds a constant one in its cache.
 CLAIM = (
     update(JOBS)
-    .where(JOBS.c.id.in_(bindparam("ids", expanding=True)))
+    .where(JOBS.c.id == bindparam("claimed"))
     .values(
         state=JobState.IN_PROGRESS,
         claims=JOBS.c.claims + 1,
@@ -465,9 +465,8 @@ class JobClaims:
             if not ids:
                 return []
             values = {"owner": owner, "heartbeat": transaction.version, "version": transaction.version}
-            claimed = transaction.connection.execute(CLAIM, {"ids": ids, **now, **values})
-            jobs = {row.id: job_of(row) for row in claimed}
-            return [jobs[job_id] for job_id in ids]
+            claims = (transaction.connection.execute(CLAIM, {"claimed": job_id, **now, **values}) for job_id in ids)
+            return [job_of(claim.one()) for claim in claims]
 
     def _expired(self, transaction: Transaction, claim_s: float) -> list[str]:
         """Return the jobs in progress that have had the same heartbeat for `claim_s` seconds."""
@@ -503,8 +502,7 @@ class JobClaims:
         """Store the progress of those jobs that `owner` still holds. The percentage never decreases."""
         with self._database.transaction() as transaction:
             held = {"held_by": owner, "version": transaction.version}
-            if updates:
-                transaction.connection.execute(_PROGRESS, [{**update._asdict(), **held} for update in updates])
+            transaction.connection.execute(_PROGRESS, [{**update._asdict(), **held} for update in updates])
 
     def end(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
         """End a job; the files of a completed one are stored. Return False if `owner` has lost the claim."""
