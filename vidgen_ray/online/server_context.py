@@ -90,7 +90,7 @@ class ServerContext:
     missing: Callable[[], Awaitable[str | None]]
     """Returns what the server lacks to run jobs. `None` if nothing is missing."""
 
-    @property
+    @cached_property
     def models(self) -> dict[str, dict[str, str]]:
         """Model name -> the shot fields that it sets. The first is the default."""
         name = self.serving_profile.profile.name

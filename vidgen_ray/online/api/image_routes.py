@@ -183,11 +183,11 @@ async def _respond(
             ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-    scheme = "https" if is_https(request) else request.url.scheme
-    base_url = str(request.base_url.replace(scheme=scheme)).rstrip("/")
     data: list[ImageResult] = []
     for job in ended:
         if options.response_format == "url":
+            scheme = "https" if is_https(request) else request.url.scheme
+            base_url = str(request.base_url.replace(scheme=scheme)).rstrip("/")
             query = await asyncio.to_thread(server.auth.signed_query, tenant, job.id, "image")
             data.append(ImageResult(id=job.id, url=f"{base_url}/v1/videos/{job.id}/content?{query}"))
         else:
