@@ -123,10 +123,14 @@ sys.exit(code)
     assert (ended.returncode, ended.stdout) == (3, printed), ended.stderr
 
 
-def test_command_with_a_closed_output_succeeds():
-    command = f"{shlex.quote(sys.executable)} -m vidgen_ray schema"
-    closed = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
-    assert (closed.returncode, closed.stderr) == (0, "")
+def test_commands_run_with_closed_streams():
+    for arguments, code, message in (
+        ("schema >&-", 0, ""),
+        ("validate - <&-", 3, "vidgen: stdin.txt: got no lines, must have at least one shot"),
+    ):
+        command = f"{shlex.quote(sys.executable)} -m vidgen_ray {arguments}"
+        closed = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+        assert (closed.returncode, closed.stderr.strip()) == (code, message)
 
 
 def test_exit_codes_are_pinned():

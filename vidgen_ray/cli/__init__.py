@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_process() -> int:
     """Run the command of this process, which ends with the returned exit code."""
-    # Python has no stream for an output that is closed.
-    for name in ("stdout", "stderr"):
+    # Python has no stream for an input or output that is closed.
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # it stays open
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # it stays open
     gc.set_threshold(_NEW_OBJECTS)
     codes: list[int] = []
     # What is registered first is called last. Tools that trace or measure Python may have registered something before.
