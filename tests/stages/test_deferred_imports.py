@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 from vidgen_ray.content_keys import params_of
+from vidgen_ray.nets.deferred_imports import rare_garbage_collection
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -56,3 +58,13 @@ def test_shot_is_rendered_on_a_cpu_without_compiler_and_scipy(tiny, tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[0]) == []
+
+
+def test_blocks_of_threads_restore_garbage_collection_in_any_order():
+    thresholds, (first, second) = gc.get_threshold(), (rare_garbage_collection(), rare_garbage_collection())
+    for block in (first, second):
+        block.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold() != thresholds
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == thresholds

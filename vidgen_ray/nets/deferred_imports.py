@@ -41,6 +41,9 @@ GUARDS: Mapping[str, Callable[..., bool]] = {
 IMPORTED_OBJECTS = 100_000
 """New objects after which Python looks for garbage while packages are imported."""
 _lock = threading.RLock()
+_thresholds: list[tuple[int, int, int]] = []
+"""Thresholds of Python at the begin of each block of `rare_garbage_collection`."""
+_thresholds_lock = threading.Lock()
 
 
 class _DeferredModule(ModuleType):
@@ -141,12 +144,17 @@ def _unless_meta(initialise: Callable[..., Any], tensor: Any, *arguments: Any, *
 @contextmanager
 def rare_garbage_collection() -> Iterator[None]:
     """Look for garbage less often in the block. What is imported and loaded stays: the search takes a sixth of the time."""
-    thresholds = gc.get_threshold()
-    gc.set_threshold(IMPORTED_OBJECTS)
+    with _thresholds_lock:
+        _thresholds.append(gc.get_threshold())
+        gc.set_threshold(IMPORTED_OBJECTS)
     try:
         yield
     finally:
-        gc.set_threshold(*thresholds)
+        with _thresholds_lock:
+            # Blocks of several threads end in any order.
+            before = _thresholds.pop()
+            if not _thresholds:
+                gc.set_threshold(*before)
 
 
 @contextmanager
