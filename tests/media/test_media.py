@@ -293,14 +293,14 @@ def test_process_for_videos_starts_with_any_module_path_and_names_any_file(tmp_p
 
 
 def test_time_in_which_frames_wait_for_their_reader_is_not_that_of_the_decoder(tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.media.decode.VIDEO_DECODE_S", 2.0)
+    monkeypatch.setattr("vidgen_ray.media.decode.VIDEO_DECODE_S", 4.0)
     # A frame is larger than a pipe holds.
     path = write_mp4(tmp_path / "a.mp4", np.zeros((3, 256, 384, 3), np.uint8))
     with open_foreign_video(path, own_process=True) as video:
         frames = video.each_frame([0, 1, 2])
         next(frames)
         with pytest.raises(subprocess.TimeoutExpired):
-            video._child.wait(2.2)
+            video._child.wait(4.2)
         assert len(list(frames)) == 2
 
 
