@@ -3,13 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing
 from functools import partial
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from sqlalchemy import Row
 from sqlalchemy.exc import OperationalError
 
 from tests.online.directors import SMALL, listening_on_a_port, local_server, settings_with_keys
@@ -21,7 +22,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.event_streams import EventStreams, JobFeed
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.jobs import Job, JobState
-from vidgen_ray.online.store.store import Changes, JobStore
+from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.web import pages
 
 POLL_S = 0.01
@@ -34,12 +35,12 @@ class CountingStore(JobStore):
     """Queries for the changes of all tenants."""
     fails = False
 
-    def changed_since(self, cursor: int, *, tenant: str | None = None, **options) -> Changes:
+    def changed_rows(self, cursor: int, *, tenant: str | None = None, **options) -> Sequence[Row]:
         if tenant is None:
             self.polls += 1
             if self.fails:
                 raise OperationalError("SELECT", {}, Exception("down"))
-        return super().changed_since(cursor, tenant=tenant, **options)
+        return super().changed_rows(cursor, tenant=tenant, **options)
 
 
 @pytest.fixture
@@ -77,6 +78,23 @@ def test_follow_yields_each_state_until_the_job_has_ended_or_is_deleted(store, f
         return seen
 
     assert run(states()) == ["queued", "in_progress", "completed", "queued", "in_progress", None]
+
+
+def test_ended_returns_the_last_state(store, feed):
+    async def ends() -> list[Job | None]:
+        jobs = [stored_job(store) for _ in range(3)]
+        waiting = [asyncio.ensure_future(feed.ended(job)) for job in jobs]
+        async for job in feed.follow(jobs[0]):
+            if job.state == "queued":
+                store.queue.claim("d", 30, 1)
+            elif job.state == "in_progress":
+                store.queue.end(job.id, "d", JobState.COMPLETED, shot_id="s", stage_seconds={})
+        assert not any(each.done() for each in waiting[1:])
+        store.request_cancel(jobs[1].id, "ada")
+        store.delete(jobs[2].id, "ada")
+        return await asyncio.gather(*waiting)
+
+    assert [job and job.state for job in run(ends())] == ["completed", "cancelled", None]
 
 
 def test_streams_share_one_poll_which_continues_after_a_database_error(store, feed):

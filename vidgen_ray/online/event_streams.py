@@ -8,16 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from typing import Any
 
+from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from vidgen_ray.online.api_error import too_many_requests
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.store.jobs import Job
+from vidgen_ray.online.store.jobs import Job, job_of
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 class Mailbox:
     """Changes that a stream has not taken yet. A slow stream gets only the latest state of each job."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_end: bool = False) -> None:
+        """`only_end`: take no changes but the end or the deletion of a job."""
+        self.only_end = only_end
         self._pending: dict[str, Job | DeletedJob] = {}
         self._cursor = 0
         self._filled = asyncio.Event()
@@ -61,9 +65,12 @@ class JobFeed:
         self._polling: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
-    async def follow(self, job: Job) -> AsyncGenerator[Job | None, None]:
-        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream."""
-        with self._subscribed(job.id) as mailbox:
+    async def follow(self, job: Job, *, only_end: bool = False) -> AsyncGenerator[Job | None, None]:
+        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream.
+
+        `only_end`: yield it now and when it has ended.
+        """
+        with self._subscribed(job.id, Mailbox(only_end=only_end)) as mailbox:
             await self._start_polling()
             # The mailbox gets all later changes.
             current = job if job.version >= self._cursor else await asyncio.to_thread(self._store.get, job.id, job.tenant)
@@ -78,7 +85,7 @@ class JobFeed:
     async def ended(self, job: Job) -> Job | None:
         """Wait for the end of the job and return it, or `None` if it was deleted."""
         last: Job | None = job
-        async with aclosing(self.follow(job)) as states:
+        async with aclosing(self.follow(job, only_end=True)) as states:
             async for current in states:
                 last = current
         return last
@@ -94,7 +101,7 @@ class JobFeed:
 
         Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
         """
-        with self._subscribed(tenant) as mailbox:
+        with self._subscribed(tenant, Mailbox()) as mailbox:
             await self._start_polling()
             # Read after the subscription: later changes arrive in the mailbox.
             while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
@@ -113,9 +120,8 @@ class JobFeed:
                 yield Changes(new, changes.deleted, cursor)
 
     @contextmanager
-    def _subscribed(self, to: str) -> Iterator[Mailbox]:
-        """Open a mailbox for the changes of a tenant's jobs, or of one job."""
-        mailbox = Mailbox()
+    def _subscribed(self, to: str, mailbox: Mailbox) -> Iterator[Mailbox]:
+        """Use a mailbox for the changes of a tenant's jobs, or of one job."""
         self._mailboxes.setdefault(to, set()).add(mailbox)
         try:
             yield mailbox
@@ -128,19 +134,23 @@ class JobFeed:
         while self._mailboxes:
             await self._wait_for_change()
             try:
-                changes = await asyncio.to_thread(self._store.changed_since, self._cursor)
+                rows = await asyncio.to_thread(self._store.changed_rows, self._cursor)
+                for row in rows:
+                    self._deliver(row)
+                self._cursor = rows[-1].version if rows else self._cursor
             except SQLAlchemyError as error:
                 log.error("the database does not respond: %s", type(error).__name__)
-                continue
             # All streams depend on this task, so it must survive any error, such as a row of another version.
             except Exception:
                 log.exception("the changes of jobs cannot be read")
-                continue
-            self._cursor = changes.cursor
-            changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
-            for job in changed:
-                for mailbox in (*self._mailboxes.get(job.tenant, ()), *self._mailboxes.get(job.id, ())):
-                    mailbox.put(job, changes.cursor)
+
+    def _deliver(self, row: Row[Any]) -> None:
+        has_ended = row.completed_at is not None or row.deleted_at is not None
+        subscribed = (*self._mailboxes.get(row.tenant, ()), *self._mailboxes.get(row.id, ()))
+        if mailboxes := [mailbox for mailbox in subscribed if has_ended or not mailbox.only_end]:
+            job = job_of(row) if row.deleted_at is None else DeletedJob(row.id, row.tenant)
+            for mailbox in mailboxes:
+                mailbox.put(job, row.version)
 
 
 MAX_STREAMS = 2_000

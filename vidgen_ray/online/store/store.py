@@ -16,6 +16,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Row,
     Select,
     Text,
     and_,
@@ -260,14 +261,19 @@ class JobStore:
 
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
         """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
-        parameters = {"cursor": cursor, "of_tenant": tenant, "limit": limit}
-        rows = self._database.rows(_changed(tenant is not None), parameters)
+        rows = self.changed_rows(cursor, tenant=tenant, limit=limit)
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
             [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
-            # All earlier changes are visible, too: there is one writer at a time.
             rows[-1].version if rows else cursor,
         )
+
+    def changed_rows(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Sequence[Row[Any]]:
+        """Return the rows of these jobs, in the order of their last change. The last version is the cursor for the next call.
+
+        All earlier changes are visible, too, because there is one writer at a time.
+        """
+        return self._database.rows(_changed(tenant is not None), {"cursor": cursor, "of_tenant": tenant, "limit": limit})
 
     def latest_version(self) -> int:
         """Return the version of the last change, a cursor for `changed_since`."""
