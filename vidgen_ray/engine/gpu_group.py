@@ -210,12 +210,11 @@ class DividedStage(Stage[StageParams]):
                 result, notes, self._adapter_loads = self.group.run(self.name, self.params, item)
                 self.note(*notes)
                 return result
-        self._load_here()
-        result = super().__call__(item)
-        self.note(f"computed on one GPU, because several could not work together: {self.group.lost}")
-        return result
+        self._prepare_alone()
+        return super().__call__(item)
 
-    def _load_here(self) -> None:
+    def _prepare_alone(self) -> None:
+        self.note(f"computed on one GPU, because several could not work together: {self.group.lost}")
         if not self._is_loaded_here:
             super().load()  # type: ignore[safe-super]  # that of the stage, the next base class
             self._is_loaded_here = True
@@ -230,7 +229,7 @@ class _DividedClips(DividedStage, ChunkedStage[StageParams]):
         if not self.group.lost:
             with suppress(GroupLost):
                 return self.group.run_chunk(self, shot, frames, chunk)
-        self._load_here()
+        self._prepare_alone()
         return super().run_chunk(shot, frames, chunk, output, share)
 
 

@@ -212,6 +212,7 @@ class StepRunner:
         self, stage: ChunkedStage[Any], step: Step, shot: Shot, frames: Frames, chunk: slice | None, n_frames: int
     ) -> tuple[Frames, StepRecord]:
         begun = time.monotonic()
+        stage.take_notes()  # those of a failed call
         try:
             self._check_weights(stage, step, shot)
             self.swapper.ensure_on_gpu(step.stage)
@@ -226,7 +227,7 @@ class StepRunner:
             raise
         except Exception as error:
             raise StepFailed(step.stage, error) from error
-        return result, self._record(step, time.monotonic() - begun, recovered=recovered)
+        return result, self._record(step, time.monotonic() - begun, recovered=recovered, notes=stage.take_notes())
 
     def _step(self, plan: ShotPlan, step: Step, item: Item, cache: CacheWriter | None) -> tuple[Item, StepRecord]:
         begun = time.monotonic()
@@ -411,5 +412,6 @@ def _joined(records: Sequence[StepRecord]) -> StepRecord:
             "seconds": round(sum(record.seconds for record in records), 4),
             "gpu_seconds": round(sum(record.gpu_seconds for record in records), 4),
             "recovered": recovered[-1] if recovered else None,
+            "notes": tuple(dict.fromkeys(note for record in records for note in record.notes)),
         }
     )
