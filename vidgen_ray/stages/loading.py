@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from inspect import signature
+from inspect import isfunction, signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from weakref import WeakSet
@@ -157,9 +157,11 @@ def _search_hooks_once() -> None:
 
 def _keep_signatures(pipe: Any, networks: Iterable[torch.nn.Module]) -> None:
     """Keep the signatures of functions for which diffusers asks in each call: of attention, in every block of every step."""
-    processors = {type(module.processor) for network in networks for module in network.modules() if "processor" in vars(module)}
-    for function in (type(pipe).__init__, type(pipe.scheduler).set_timesteps, *(kind.__call__ for kind in processors)):
-        function.__signature__ = signature(function)
+    processors = {type(vars(module).get("processor")) for network in networks for module in network.modules()}
+    set_timesteps = getattr(pipe.components.get("scheduler"), "set_timesteps", None)
+    functions = (type(pipe).__init__, getattr(set_timesteps, "__func__", None), *(kind.__call__ for kind in processors))
+    for function in filter(isfunction, functions):
+        vars(function)["__signature__"] = signature(function)
 
 
 def speed_up_transformers(pipe: Any, params: OffloadedParams) -> None:
