@@ -95,13 +95,29 @@ def test_local_ray_starts_only_services_that_are_used(local_ray):
 
 def test_ray_is_changed_during_its_start_only(monkeypatch):
     def changed_names():
-        return parameter.RayParams, node.Node.start_api_server, services.get_node, utils.get_dashboard_dependency_error
+        return (
+            parameter.RayParams,
+            node.Node.start_api_server,
+            services.get_node,
+            services.start_ray_process,
+            utils.get_dashboard_dependency_error,
+        )
 
     before, meanwhile = changed_names(), []
     monkeypatch.setattr(ray, "init", lambda **_: meanwhile.extend(changed_names()))
     init_local_ray(num_cpus=1, log_to_driver=False)
     assert changed_names() == before
     assert all(changed is not original for changed, original in zip(meanwhile, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("background", "delay_s", "output"), [("", 0, "started\n"), ("&", 3600, "")], ids=["later", "raylet ended"]
+)
+def test_agents_start_later_unless_the_raylet_has_ended(background, delay_s, output):
+    command = [sys.executable, "-ISc", ray_internals._START_LATER, str(delay_s), "/bin/echo", "started"]
+    raylet = ["sh", "-c", f'RAY_RAYLET_PID=$$ "$@" {background}\n:', "_", *command]
+    # Returns when the last process has closed the output.
+    assert subprocess.run(raylet, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout == output
 
 
 def test_ports_of_agents_are_free_and_not_those_of_connections():

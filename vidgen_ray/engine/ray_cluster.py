@@ -51,6 +51,8 @@ LOOPBACK = "127.0.0.1"
 AGENT_PORT_RANGE = (20_000, 32_768)
 """Above the default ports of Ray's workers, below the ports that Linux gives to outgoing connections."""
 GPU_QUERY_TIMEOUT_S = 120
+AGENT_DELAY_S = 15.0
+"""Seconds until the agents of a local Ray for a run start. Short runs need none, long ones load their models meanwhile."""
 SHUTDOWN_S = 30.0
 """Seconds after which the process ends although Ray does not."""
 
@@ -61,15 +63,15 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def connected(address: str | None, cpus: float) -> Iterator[None]:
+def connected(address: str | None, cpus: float, *, agent_delay_s: float = AGENT_DELAY_S) -> Iterator[None]:
     """Connect to Ray while the block runs: to `address`, or to a new local Ray with at least `cpus` CPUs.
 
-    If this process is already connected, keep that connection.
+    If this process is already connected, keep that connection. `agent_delay_s`: see `only_needed_services`.
     """
     if ray.is_initialized():
         yield
         return
-    _start_ray(address, cpus)
+    _start_ray(address, cpus, agent_delay_s)
     ended = threading.Event()
     threading.Thread(target=_exit_without_ray, args=(ended,), daemon=True).start()
     try:
@@ -244,7 +246,7 @@ UNREPORTED = ("[N/A]", "[Not Supported]")
 """What nvidia-smi prints for memory that it does not report."""
 
 
-def _start_ray(address: str | None, cpus: float) -> None:
+def _start_ray(address: str | None, cpus: float, agent_delay_s: float) -> None:
     # Errors are reported by vidgen itself. Ray would print the traceback of each worker as well.
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
@@ -263,7 +265,7 @@ def _start_ray(address: str | None, cpus: float) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         with muted_stderr(), _keep_sigterm_handler():
-            init_local_ray(num_cpus=num_cpus, **quiet)
+            init_local_ray(agent_delay_s=agent_delay_s, num_cpus=num_cpus, **quiet)
     except RayStartTimeout as error:
         raise SetupError(f"Ray did not start on this machine: {error}") from None
 
@@ -272,11 +274,11 @@ class RayStartTimeout(Exception):
     """Ray's processes did not start in time, even after retries."""
 
 
-def init_local_ray(**options: Any) -> None:
+def init_local_ray(*, agent_delay_s: float = 0.0, **options: Any) -> None:
     """Start Ray on this machine with `ray.init` options, without the dashboard.
 
     Its ports, those of the metrics included, listen on the loopback address only. The exception is the gRPC port of each
-    replica of Ray Serve, which requires Ray's token.
+    replica of Ray Serve, which requires Ray's token. `agent_delay_s`: see `only_needed_services`.
     Ray waits 30 s for its own processes. On a busy machine that may be too short, so the start is retried.
     Raises RayStartTimeout.
     """
@@ -289,7 +291,9 @@ def init_local_ray(**options: Any) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
         ports = dict(zip(AGENT_PORTS, _unused_ports(len(AGENT_PORTS)), strict=True))
         try:
-            with keep_loopback_address(), only_needed_services(log_to_driver=options.get("log_to_driver", True), ports=ports):
+            log_to_driver = options.get("log_to_driver", True)
+            services = only_needed_services(log_to_driver=log_to_driver, ports=ports, agent_delay_s=agent_delay_s)
+            with keep_loopback_address(), services:
                 ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
             with suppress(OSError):  # there is none without token authentication
                 token.chmod(0o600)

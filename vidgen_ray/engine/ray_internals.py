@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,8 +28,20 @@ START_TIMEOUT = "timed out during startup"
 """Text in Ray's error when its processes do not start within 30 s."""
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 """Parameters of Ray for the ports of its agents."""
+_AGENTS = (ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT)
 NODE_POLL_S, NODE_WAIT_S = 0.02, 10.0
 """Seconds between two looks whether the node has started, and until Ray waits for it in its own way."""
+
+
+_START_LATER = """
+import os, sys, time
+raylet, start_s = int(os.environ["RAY_RAYLET_PID"]), time.monotonic() + float(sys.argv[1])
+while time.monotonic() < start_s and os.getppid() == raylet:
+    time.sleep(0.2)
+if os.getppid() == raylet:
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Program that starts a command after some seconds, unless the raylet, its parent process, has ended."""
 
 
 @contextmanager
@@ -42,15 +55,17 @@ def keep_loopback_address() -> Iterator[None]:
 
 
 @contextmanager
-def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> Iterator[None]:
-    """Let `ray.init` start neither a server for the dashboard nor an autoscaler, and not wait for its agents.
+def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int], agent_delay_s: float = 0.0) -> Iterator[None]:
+    """Let `ray.init` start neither a server for the dashboard nor an autoscaler, and its agents after `agent_delay_s`.
 
     Ray starts both even without a dashboard and for one machine, waits for the server, then waits until its agents have chosen
     their ports. It asks once a second whether its node has started, and imports packages of the dashboard to see whether it has
     them. `ports`: that of each of `AGENT_PORTS`. `log_to_driver`: start the monitor of log files, which only the output of
-    workers needs. Metrics that a process reports before the agents have started are lost; by default, it reports after 10 s.
+    workers needs. The agents take 1.6 CPU seconds to start, and only metrics and runtime environments need them. Counts that a
+    process reports before that are lost; by default, it first reports after 10 s. Runtime environments wait for it.
     """
     make_params, get_node, start_process = parameter.RayParams, services.get_node, services.start_ray_process
+    python_command = services._build_python_executable_command_memory_profileable
     fixed: dict[str, Any] = {"no_monitor": True, "include_log_monitor": log_to_driver, **ports}
 
     def make_params_without_services(**params: Any) -> parameter.RayParams:
@@ -72,7 +87,12 @@ def only_needed_services(*, log_to_driver: bool, ports: Mapping[str, int]) -> It
         is_raylet = process_type == ray_constants.PROCESS_TYPE_RAYLET
         return start_process([*command, *port] if is_raylet else command, process_type, *args, **options)
 
+    def delayed_command(component: str, *args: Any, **options: Any) -> list[str]:
+        later = [sys.executable, "-ISc", _START_LATER, str(agent_delay_s)]
+        return [*(later if agent_delay_s and component in _AGENTS else ()), *python_command(component, *args, **options)]
+
     with (
+        patch.object(services, "_build_python_executable_command_memory_profileable", delayed_command),
         patch.object(services, "start_ray_process", start_with_port),
         patch.object(parameter, "RayParams", make_params_without_services),
         patch.object(node_module.Node, "start_api_server", lambda self, **_: None),

@@ -118,7 +118,9 @@ def serve_command(
         _wait_for_other_server(store, wait_s)
     listening = listen(settings.host, settings.port)
     plan = server_plan(settings, this_machine) if address is None else None
-    with listening, stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
+    cpus = plan.cpus if plan else 0
+    # Replicas of Ray Serve have runtime environments.
+    with listening, stoppable(grace_s, "jobs") as stop, connected(address, cpus, agent_delay_s=0):
         check_exposure(settings)
         plan = plan or server_plan(settings, lambda: live_cluster().total)
         for stage, reason in plan.serving_profile.unavailable.items():
