@@ -25,7 +25,7 @@ DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
 _POLL_S = 1.0
 """Seconds between two polls of the store without a call of the director, while it restarts or if other servers change jobs."""
-_PAUSE_S = 0.02
+_PAUSE_S = 0.05
 """Seconds from a change of jobs until the next call that only waits for changes."""
 CONNECTIONS = MAX_STREAMS + 2_000
 """Open connections and requests, event streams included. Others get 503."""
