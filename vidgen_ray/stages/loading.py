@@ -119,6 +119,10 @@ def load_pipeline(
     return pipe
 
 
+_SEARCH = "_get_top_level_group_offload_hook"
+"""Private function of diffusers. A version without it searches in its own way."""
+
+
 @cache
 def _search_hooks_once() -> None:
     """Have diffusers search a network for hooks once, not in all of its modules ten times per image, until one is registered.
@@ -128,11 +132,8 @@ def _search_hooks_once() -> None:
     from diffusers.hooks import HookRegistry, group_offloading
 
     without_hooks = WeakSet[Any]()
-    search, reset, register = (
-        group_offloading._get_top_level_group_offload_hook,
-        HookRegistry.reset_stateful_hooks,
-        HookRegistry.register_hook,
-    )
+    search = vars(group_offloading).get(_SEARCH)
+    reset, register = HookRegistry.reset_stateful_hooks, HookRegistry.register_hook
 
     def has_hooks(network: Any) -> bool:
         if network in without_hooks:
@@ -151,7 +152,8 @@ def _search_hooks_once() -> None:
         if has_hooks(self._module_ref):
             reset(self, recurse)
 
-    group_offloading._get_top_level_group_offload_hook = lambda network: search(network) if has_hooks(network) else None
+    if search is not None:
+        vars(group_offloading)[_SEARCH] = lambda network: search(network) if has_hooks(network) else None
     HookRegistry.register_hook, HookRegistry.reset_stateful_hooks = register_hook, reset_hooks
 
 
