@@ -134,7 +134,6 @@ class Engine:
         """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses."""
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
-        self._chunk_bytes = CHUNK_BYTES * layout.group_size
         self._shell = Shell(config, layout, observer, storage, recorder)
         self._core = self._shell.core
         self._shots = Shots(config, layout, self._shell, chunk_frames, observer, storage)
@@ -176,7 +175,7 @@ class Engine:
 
         Waits until the window has room for the shot, then calls `on_admitted`.
         """
-        async with self.window.admit(object_store_bytes(plan.shot, self._chunk_bytes)):
+        async with self.window.admit(object_store_bytes(plan.shot, CHUNK_BYTES * self._layout.group_size)):
             on_admitted()
             return await self._shots.render(plan, on_progress)
 
