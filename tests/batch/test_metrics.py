@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -53,17 +52,14 @@ def test_dashboard_queries_have_the_labels_and_rates_of_their_series():
 @pytest.fixture(scope="module")
 def metrics_address():
     """Address of the metrics of a local Ray with a report interval of one second."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     init_local_ray(
         num_cpus=1,
         log_to_driver=False,
         object_store_memory=100 << 20,
-        _metrics_export_port=port,
         _system_config={"metrics_report_interval_ms": 1000},
     )
-    yield f"http://127.0.0.1:{port}/metrics"
+    (node,) = ray.nodes()
+    yield f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     ray.shutdown()
 
 

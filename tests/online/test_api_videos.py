@@ -358,7 +358,11 @@ def estimate(client, route="shots", **fields):
     return response.json()
 
 
-def test_estimate_of_size_seconds_and_cost_creates_nothing(server, client):
+def test_estimate_of_size_seconds_and_cost_creates_nothing(server, client, monkeypatch):
+    # Jobs of other tests may end between two estimates.
+    monkeypatch.setattr("vidgen_ray.online.queue_estimate.SNAPSHOT_VALID_S", 1000)
+    monkeypatch.setattr(client.app.state.server.queue_estimator, "_snapshot", None)
+    monkeypatch.setattr(client.app.state.server.queue_estimator, "_valid_until", 0)
     answer = estimate(client, **SHOT)
     assert (answer["size"], answer["model_size"], answer["scale"]) == ("128x128", "64x64", 2)
     assert (answer["num_frames"], answer["results"], answer["is_rendered"]) == (4, 1, False)
