@@ -210,7 +210,9 @@ def test_data_code_of_the_trainer_reads_what_used_json_says(target, shapes, tmp_
             assert caption.strip() == prompts[clip["id"]].strip()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trainer", PACKAGES)
+@pytest.mark.parametrize(
+    "trainer",
+    [pytest.param(name, marks=pytest.mark.slow if name == "finetrainers" else pytest.mark.very_slow) for name in PACKAGES],
+)
 def test_rules_are_those_of_the_trainers_code(trainer, packages):
     run_trainer(packages(trainer), trainer, "rules")

@@ -249,7 +249,11 @@ NETS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.very_slow if name == "svd/step" else pytest.mark.slow) for name in NETS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("svd/decode", "ltx/decode") else pytest.mark.very_slow)
+        for name in NETS
+    ],
 )
 def test_operations_of_convolutional_networks_are_those_of_their_layers(name, monkeypatch):
     network_name, call, frames = NETS[name]
