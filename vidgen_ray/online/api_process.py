@@ -45,6 +45,7 @@ class DirectorClient:
         """Number of the last change that the director has told, and of the last one for which `changed` has returned."""
         self._waiting: asyncio.Task[None] | None = None
         """Call of the director that waits for the next change."""
+        self._called = asyncio.Event()
 
     def wake(self, *, has_cancels: bool = False) -> None:
         """Wake the director, as `NotifyDirector`. One call at a time: none pile up while the director is down."""
@@ -67,7 +68,9 @@ class DirectorClient:
         """Wait until the director has stored changes of jobs after the last call, at most `_POLL_S`."""
         if not self._is_waiting:
             # The next job often follows at once, and its call waits for changes, too.
-            await asyncio.sleep(_PAUSE_S)
+            self._called.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._called.wait(), _PAUSE_S)
         if self._seen == self._returned:
             if not self._is_waiting:
                 self._wait_for_change(self._director.changed.remote)
@@ -87,6 +90,7 @@ class DirectorClient:
                 await asyncio.sleep(_POLL_S)
 
         self._waiting = asyncio.ensure_future(wait())
+        self._called.set()
 
     async def missing(self) -> str | None:
         """Return what the server lacks to run jobs. `None` if nothing is missing."""
