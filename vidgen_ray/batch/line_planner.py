@@ -26,6 +26,7 @@ from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import MissingWeights, ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.licences import ShotLicences
+from vidgen_ray.nets.deferred_imports import rare_garbage_collection
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.manifest import FinishedShots, id_is_taken
 from vidgen_ray.outputs.manifest_writer import script_name
@@ -250,12 +251,13 @@ class LaterLines:
         """
         deadline_s = time.thread_time() + RESUME_S
         blocks = self._blocks()
-        while self._planner.found_all and time.thread_time() < deadline_s:
-            if (block := next(blocks, None)) is None:
-                yield None
-                return
-            self._read += len(block)
-            yield self._planner.plan(block)
+        with rare_garbage_collection():
+            while self._planner.found_all and time.thread_time() < deadline_s:
+                if (block := next(blocks, None)) is None:
+                    yield None
+                    return
+                self._read += len(block)
+                yield self._planner.plan(block)
 
     def rest(self) -> Iterator[list[Line]]:
         """Yield the other lines, planned by parallel tasks on this node, which can read the script and its files.

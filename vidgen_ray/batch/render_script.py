@@ -28,7 +28,6 @@ from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.engine.ray_internals import submission_id
 from vidgen_ray.engine.trials import run_trials
 from vidgen_ray.graph import check_profile, server_problems
-from vidgen_ray.nets.deferred_imports import rare_garbage_collection
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
@@ -202,7 +201,7 @@ def render_lines(
     Otherwise as `render_shots`.
     """
     started, outputs, stop = time.monotonic(), planner.outputs, stop or threading.Event()
-    with held_lease(outputs, options, lease) as lease, rare_garbage_collection(), ExitStack() as stack:
+    with held_lease(outputs, options, lease) as lease, ExitStack() as stack:
         outputs = outputs.fenced(lease)
         outputs.sweep()
         if script is not None:
