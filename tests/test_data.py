@@ -107,17 +107,17 @@ def test_lost_task_is_refused_a_second_attempt(tiny, tmp_path):
 
 
 def test_results_have_blocks_of_several_rows_and_no_deprecated_arguments_of_ray(tiny, tmp_path):
-    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False} for n in range(12)])
+    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False} for n in range(40)])
     with warnings.catch_warnings():
         warnings.simplefilter("error", RayDeprecationWarning)
         options = RenderOptions(cluster=parse_gpus("1x80GB"), stages=FAKES)
         processor = build_processor(profile_of_fakes(tiny), tmp_path / "out", name="prompts", options=options)
         ids = [row["id"] for row in processor(dataset).map(lambda row: {"id": row["id"]}).iter_rows()]
-    assert sorted(ids) == sorted(f"s{n}" for n in range(12))
-    # All shots are skipped, so the results of a block are there at once, on a busy machine within a few blocks.
+    assert sorted(ids) == sorted(f"s{n}" for n in range(40))
+    # All shots are skipped, so the results of a block are there at once. Blocks grow with the time since the start.
     samples = processor(dataset).map(lambda row: {"__key__": row["id"], "bin": Path(row["image"]).read_bytes()})
     samples.write_webdataset(tmp_path / "tars")
-    assert 1 <= len(list((tmp_path / "tars").glob("*.tar"))) < 12
+    assert 1 <= len(list((tmp_path / "tars").glob("*.tar"))) < 20
 
 
 def test_preserve_order_is_refused(tiny, tmp_path):

@@ -155,8 +155,9 @@ def _to_rgb(frame: Any, source: VideoSource, reformatter: VideoReformatter) -> P
 Codec = Literal["h264", "hevc", "av1"]
 
 ENCODERS: dict[Codec, str] = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1"}
-DEFAULT_QUALITY: dict[Codec, tuple[int, Preset]] = {"h264": (17, "faster"), "hevc": (20, "medium"), "av1": (25, "medium")}
-"""Codec -> CRF, preset. x264's `faster` at 17 has 0.2 dB more than `medium` at 18, and 13 % more bytes, in 40 % less time."""
+DEFAULT_CRF: dict[Codec, int] = {"h264": 17, "hevc": 20, "av1": 25}
+DEFAULT_PRESET: dict[Codec, Preset] = {"h264": "faster", "hevc": "medium", "av1": "medium"}
+"""x264's `faster` at CRF 17 has 0.2 dB more than `medium` at 18, and 13 % more bytes, in 40 % less time."""
 SVT_PRESETS = {
     "ultrafast": 12,
     "superfast": 11,

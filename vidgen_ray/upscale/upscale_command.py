@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fractions import Fraction
@@ -27,7 +27,7 @@ from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE
 from vidgen_ray.system.console import LINE_EVERY_S, Console
 from vidgen_ray.system.quantities import duration
-from vidgen_ray.upscale.frames import DEFAULT_QUALITY, Codec, EncodeSettings
+from vidgen_ray.upscale.frames import DEFAULT_CRF, DEFAULT_PRESET, Codec, EncodeSettings
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import (
     BUILTIN_MODELS,
@@ -56,10 +56,10 @@ _OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png"
 """Endings that are not those of a folder."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
 MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
-_DEFAULT_CRF, _DEFAULT_PRESET = (
-    ", ".join(f"{default} for {codec}" for codec, default in zip(DEFAULT_QUALITY, defaults, strict=True))
-    for defaults in zip(*DEFAULT_QUALITY.values(), strict=True)
-)
+
+
+def _by_codec(defaults: Mapping[Codec, object]) -> str:
+    return ", ".join(f"{default} for {codec}" for codec, default in defaults.items())
 
 
 @with_options
@@ -121,14 +121,14 @@ def upscale(
             "--crf",
             min=0,
             max=63,
-            help=f"Quality; lower is better and larger. Default: {_DEFAULT_CRF}.",
+            help=f"Quality; lower is better and larger. Default: {_by_codec(DEFAULT_CRF)}.",
         ),
     ] = None,
     preset: Annotated[
         Preset | None,
         details_option(
             "--preset",
-            help=f"Speed of the encoder, ultrafast to veryslow, as in x264. Default: {_DEFAULT_PRESET}.",
+            help=f"Speed of the encoder, ultrafast to veryslow, as in x264. Default: {_by_codec(DEFAULT_PRESET)}.",
         ),
     ] = None,
     preview: Annotated[
@@ -170,12 +170,13 @@ def upscale(
         raise UsageError("VIDEO: got nothing, must be video files, folders or patterns")
     if codec != "av1" and crf is not None and crf > 51:
         raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
-    default_crf, default_preset = DEFAULT_QUALITY[codec]
     targets = _targets(list(dict.fromkeys(path for text in videos for path in _named(text))), Path(out))
     network = find_model(model, denoise)
     options = UpscaleOptions(
         model=network,
-        encode=EncodeSettings(codec=codec, crf=default_crf if crf is None else crf, preset=preset or default_preset),
+        encode=EncodeSettings(
+            codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset or DEFAULT_PRESET[codec]
+        ),
         scale=None if to else (2 if scale is None else scale),
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,

@@ -183,11 +183,10 @@ async def _respond(
             ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
         except ClientDisconnected:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+    base_url = _base_url(request) if options.response_format == "url" else None
     data: list[ImageResult] = []
     for job in ended:
-        if options.response_format == "url":
-            scheme = "https" if is_https(request) else request.url.scheme
-            base_url = str(request.base_url.replace(scheme=scheme)).rstrip("/")
+        if base_url is not None:
             query = await asyncio.to_thread(server.auth.signed_query, tenant, job.id, "image")
             data.append(ImageResult(id=job.id, url=f"{base_url}/v1/videos/{job.id}/content?{query}"))
         else:
@@ -195,6 +194,11 @@ async def _respond(
     output_format = "png" if options.response_format == "url" else options.output_format
     body = ImagesResponse(created=int(time.time()), data=data, output_format=output_format, size=_size(ended[0]))
     return Response(body.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def _base_url(request: Request) -> str:
+    scheme = "https" if is_https(request) else request.url.scheme
+    return str(request.base_url.replace(scheme=scheme)).rstrip("/")
 
 
 async def _events(
