@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from benchmarks.local_ray import CPUS, local_ray
+from benchmarks.local_ray import CPUS, OBJECT_STORE_BYTES
 from benchmarks.ours import HOST_GB, StatusCounter, profile
 from benchmarks.peers.lines import run_as_command
 from benchmarks.simulated import FRAMES, IMAGE_SHAPE, SCALE
@@ -20,6 +23,7 @@ from benchmarks.simulated_stages import ENCODED_PX, STAGES, SimulatedFlux, Simul
 from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
+from vidgen_ray.engine.ray_cluster import AGENT_DELAY_S, init_local_ray
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.outputs.cleanup import prune_shots
 from vidgen_ray.outputs.folder import OutputFolder
@@ -72,6 +76,17 @@ class Messages(StatusCounter):
         sys.stderr.write(f"{message}\n")
 
 
+@contextmanager
+def ray_of_a_run(gpus: int) -> Iterator[None]:
+    """Run Ray during the block, started as `vidgen render` starts it, with simulated GPUs."""
+    sizes = {"num_cpus": CPUS, "num_gpus": gpus, "object_store_memory": OBJECT_STORE_BYTES}
+    init_local_ray(agent_delay_s=AGENT_DELAY_S, log_to_driver=False, **sizes)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def main(run_folder: Path, script: Path, out: Path, gpus: int, gpu_gb: float, *, then_prune: bool = False) -> int:
     stages = {**STAGES, **{stage.name: stage for stage in (PromptFlux, StillSVD, NearestRealESRGAN)}}
     options = RenderOptions(cluster=Cluster((Node((gpu_gb,) * gpus, CPUS, HOST_GB),)), stages=stages)
@@ -85,7 +100,7 @@ def main(run_folder: Path, script: Path, out: Path, gpus: int, gpu_gb: float, *,
         return 1 if counts["failed"] else 0
 
     try:
-        with local_ray(gpus):
+        with ray_of_a_run(gpus):
             if (run_folder / "next").exists():
                 return run_as_command(execute, script, out)
             report = render_shots(ScriptSettings(script), simulated, outputs, options, listener=Messages())
@@ -102,4 +117,7 @@ def main(run_folder: Path, script: Path, out: Path, gpus: int, gpu_gb: float, *,
 
 if __name__ == "__main__":
     folder, script, out, gpus, gpu_gb, *flags = sys.argv[1:]
-    raise SystemExit(main(Path(folder), Path(script), Path(out), int(gpus), float(gpu_gb), then_prune=flags == ["--prune"]))
+    code = main(Path(folder), Path(script), Path(out), int(gpus), float(gpu_gb), then_prune=flags == ["--prune"])
+    sys.stderr.flush()
+    # As the command ends.
+    os._exit(code)
