@@ -32,6 +32,7 @@ from PIL import Image
 
 from benchmarks.machine import machine, write_json
 from benchmarks.upscale import PACKAGES, photo_video
+from vidgen_ray.stages.speed import cpu_has_bfloat16
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.network import (
     DEFAULT_NETWORK,
@@ -39,7 +40,6 @@ from vidgen_ray.upscale.network import (
     UpscaleModel,
     UpscaleNetwork,
     choose_settings,
-    cpu_has_bfloat16,
     find_model,
     tile_overlap_px,
     usable_cpus,

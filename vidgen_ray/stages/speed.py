@@ -6,10 +6,12 @@ Each option is a separate field of a stage's parameters, so its effect can be me
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sysconfig
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -214,3 +216,13 @@ def compute_in_fp8(network: Any, device: str) -> None:
     # torchao's settings of the compiler would also let float32 products of other networks round to 10 bits.
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(network, config, is_quantized, device=device)
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has AVX512-BF16 or AMX. Detected on Linux only."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return found is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(found[1].split())

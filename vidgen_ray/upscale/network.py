@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
 from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, RealESRGANParams, RealESRGANStage, forward, load_network
+from vidgen_ray.stages.speed import cpu_has_bfloat16
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.upscale.frames import Pixels
@@ -277,7 +277,6 @@ MEMORY_SHARE = 0.5
 """Share of the free memory that the workers may take together."""
 WORKSPACE = 1.6
 """Memory of a call relative to the tensors that are alive at once: convolutions take scratch memory beside them."""
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def default_workers(device: str) -> int:
@@ -419,12 +418,3 @@ def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int) -> float:
 def tile_overlap_px(model: UpscaleModel) -> int | None:
     """Return the pixels that a tile must see of its neighbours. `None`: the network sees the whole frame."""
     return _traits(model).overlap_px
-
-
-def cpu_has_bfloat16() -> bool:
-    """Return whether the CPU has AVX512-BF16 or AMX. Detected on Linux only."""
-    try:
-        found = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return found is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(found[1].split())
