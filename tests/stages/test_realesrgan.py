@@ -178,9 +178,11 @@ def test_other_weights_fail_the_shot(tmp_path):
         upscaled(loaded(tmp_path), TINY_FRAME, 4, "cut")
 
 
-def test_dtype_auto_is_float32_on_a_cpu_and_float16_on_a_gpu(tiny):
+def test_dtype_auto_follows_the_device(tiny, monkeypatch):
     params = tiny.params(RealESRGANStage).model_copy(update={"dtype": "auto"})
-    assert params.resolved().dtype == "float32"
+    for has_bfloat16, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(realesrgan, "cpu_has_bfloat16", lambda has_bfloat16=has_bfloat16: has_bfloat16)
+        assert params.resolved().dtype == expected
     assert params.model_copy(update={"device": "cuda"}).resolved().dtype == "float16"
 
 

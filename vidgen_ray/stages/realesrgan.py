@@ -19,7 +19,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, StageParams, torch_dtype
 from vidgen_ray.stages.loading import move_networks, require_device
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, load_table, network_work, weight_bytes
-from vidgen_ray.stages.speed import cudnn_benchmark, missing_compiler
+from vidgen_ray.stages.speed import cpu_has_bfloat16, cudnn_benchmark, missing_compiler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ class RealESRGANParams(StageParams):
     """`weights` is a folder; a shot's `upscaler` names a file in it, without the ending .safetensors or .pth."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]  # one choice more
-    """`auto`: float16 on a GPU, float32 on a CPU."""
+    """`auto`: float16 on a GPU, bfloat16 on a CPU that has it, otherwise float32."""
     frames_per_call: int = Field(4, ge=1)
     """Frames in one call of the network. Clips are cut by this number only."""
     tile_px: int | None = Field(None, ge=16, multiple_of=4)
@@ -62,7 +62,8 @@ class RealESRGANParams(StageParams):
         """Return a copy with `auto` replaced by the dtype that it means on this machine."""
         if self.dtype != "auto":
             return self
-        return self.model_copy(update={"dtype": "float32" if self.device == "cpu" else "float16"})
+        on_cpu = "bfloat16" if cpu_has_bfloat16() else "float32"
+        return self.model_copy(update={"dtype": on_cpu if self.device == "cpu" else "float16"})
 
 
 def _traced(upscaler: str) -> str:
