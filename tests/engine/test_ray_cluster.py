@@ -120,9 +120,12 @@ def test_agents_start_later_unless_the_raylet_has_ended(background, delay_s, out
     assert subprocess.run(raylet, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout == output
 
 
-def test_ports_of_agents_are_free_and_not_those_of_connections():
+def test_ports_of_agents_are_reserved_and_not_those_of_connections():
     with ExitStack() as stack:
         for port in _unused_ports(4):
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+            # It sets SO_REUSEADDR.
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
             first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
             assert port < first_of_connections or first_of_connections < 32_768
@@ -143,8 +146,7 @@ def idle(local_ray):
             return ray.get_runtime_context().get_node_id()
 
     actor = ray.remote(num_cpus=0)(Idle).remote()
-    yield actor, ray.get(actor.node.remote())
-    ray.kill(actor)
+    return actor, ray.get(actor.node.remote())
 
 
 def attempt_that_succeeds():

@@ -326,20 +326,29 @@ def _private_folder() -> str:
     return str(parent / "ray")
 
 
-def _unused_ports(count: int) -> list[int]:
-    """Return ports of the loopback address that no process listens on.
+_reserved: list[socket.socket] = []
+"""Bound to the ports that `_unused_ports` has returned last."""
 
-    They are below the ports that the system gives to connections, so that none takes them before Ray's agents do.
+
+def _unused_ports(count: int) -> list[int]:
+    """Return ports of the loopback address that no process uses, reserved until the next call.
+
+    Only servers that set SO_REUSEADDR, as Ray's agents do, can listen on them. They are below the ports that the system gives
+    to connections.
     """
-    ports = set[int]()
+    for each in _reserved:
+        each.close()
+    _reserved.clear()
     # Not seeded: processes that start at the same time must not choose the same ports.
     choose = random.SystemRandom()
-    while len(ports) < count:
-        port = choose.randrange(*AGENT_PORT_RANGE)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((LOOPBACK, port))
-            ports.add(port)
-    return sorted(ports)
+    while len(_reserved) < count:
+        reserved = socket.socket()
+        with suppress(OSError):
+            reserved.bind((LOOPBACK, choose.randrange(*AGENT_PORT_RANGE)))
+            # Not before: two processes could bind the same port.
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _reserved.append(reserved)
+    return [each.getsockname()[1] for each in _reserved]
 
 
 def requires_token() -> bool:
