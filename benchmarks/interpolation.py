@@ -1,6 +1,6 @@
 """Frame interpolation against frames that were held out, beside blending and repetition.
 
-    python benchmarks/interpolation.py [--out docs/images/interpolation.jpg]
+    python benchmarks/interpolation.py [--weights flownet.pkl] [--out docs/images/interpolation.jpg]
 
 Prints the table that docs/continuity.md summarises. Clips are made from photographs that packages ship, moved by known amounts,
 so the frames between two frames are known. Every second or fourth frame is given to the stage; the others are held out.
@@ -126,15 +126,15 @@ def picture(methods: Mapping[str, Callable[[Frames, int], Frames]], pictured: Ma
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--weights", type=Path, help="flownet.pkl of RIFE 4.25, as one more column.")
     parser.add_argument("--out", type=Path, help="Where to write the picture.")
     options = parser.parse_args()
-    stage = RifeStage(RifeParams(weights=resolve("builtin:rife")))
-    stage.load()
-    methods: dict[str, Callable[[Frames, int], Frames]] = {
-        "repetition": repeated,
-        "blending": blended,
-        "RIFE HDv3": by_stage(stage),
-    }
+    weights = {"RIFE HDv3": resolve("builtin:rife")} | ({"RIFE 4.25": options.weights} if options.weights else {})
+    methods: dict[str, Callable[[Frames, int], Frames]] = {"repetition": repeated, "blending": blended}
+    for name, path in weights.items():
+        stage = RifeStage(RifeParams(weights=path))
+        stage.load()
+        methods[name] = by_stage(stage)
     made_from = clips()
     table = Table("clip", "given", *methods)
     for name, truth in made_from.items():

@@ -15,14 +15,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidgen_ray.bench.published_models import build_network
-from vidgen_ray.nets.rife_network import Rife
+from vidgen_ray.nets.rife_network import Rife425, RifeHDv3
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import store_in_fp8
 
 HALF = torch.bfloat16
 """Precision of the table. float16 takes as much, float32 twice as much."""
-RIFE = "rife/hdv3"
-"""Name of RIFE in the table."""
+RIFE_NETWORKS = {"rife/hdv3": RifeHDv3, "rife/4.25": Rife425}
 
 
 class Traced(NamedTuple):
@@ -130,9 +129,9 @@ def realesrgan_network(upscaler: str) -> Any:
 @cache
 def network(name: str, variant: str = "") -> Any:
     """Return a network on the meta device: as published, in `fp8` storage, or `chunked`."""
-    if name == RIFE:
+    if name in RIFE_NETWORKS:
         with torch.device("meta"):
-            return Rife().eval().requires_grad_(False).to(torch.float16)
+            return RIFE_NETWORKS[name]().eval().requires_grad_(False).to(torch.float16)
     if name.startswith("realesrgan/"):
         with torch.device("meta"):
             return realesrgan_network(name.partition("/")[2]).eval().requires_grad_(False).to(torch.float16)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from benchmarks.meta_networks import RIFE, LiveBytes, Traced, meta, network, tensor_bytes, trace
+from benchmarks.meta_networks import RIFE_NETWORKS, LiveBytes, Traced, meta, network, tensor_bytes, trace
 from benchmarks.trace_open_models import (
     CONSTANT,
     Size,
@@ -287,7 +287,7 @@ def weights() -> dict[str, int]:
     sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
     computed_in_fp8 = (f"{model}/transformer" for model in ("qwen_edit", "wan", "wan-ti2v"))
     sizes |= {f"{name}:{FP8}": fp8_bytes(network(name)) for name in computed_in_fp8}
-    sizes[RIFE] = tensor_bytes(network(RIFE))
+    sizes |= {name: tensor_bytes(network(name)) for name in RIFE_NETWORKS}
     sizes |= {f"{model}/lora": lora_bytes(f"{model}/transformer") for model in ("flux", "klein", "wan", "wan-ti2v", "ltx")}
     # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/identity_networks.py.
     sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)

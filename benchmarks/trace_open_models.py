@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.meta_networks import RIFE, Traced, meta, network, trace
+from benchmarks.meta_networks import RIFE_NETWORKS, Traced, meta, network, trace
 from vidgen_ray.nets.rife_network import FramePair
 from vidgen_ray.stages.loading import set_vae_tiles
 from vidgen_ray.stages.memory_table import TILES_PX
@@ -210,9 +210,9 @@ def ltx_encode(width: int, height: int, frames: int = 1) -> Traced:
 # RIFE
 
 
-def rife_pair(width: int, height: int, frames: int = 1, *, flow_scale: float) -> Traced:
+def rife_pair(width: int, height: int, frames: int = 1, *, layout: str, flow_scale: float) -> Traced:
     """Draw the middle of two frames in float32, with convolutions in float16."""
-    model = network(RIFE)
+    model = network(layout)
     first, second = (meta(1, 3, height, width, dtype=torch.float32) for _ in range(2))
 
     def draw() -> Any:
@@ -269,7 +269,8 @@ def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Siz
         curves[f"{model}/step"] = partial(wan_step, model=model), CLIPS, OTHER_CLIPS
         for name, work in (("encode", wan_encode), ("decode", wan_decode)):
             curves[f"{model}/{name}"] = partial(wan_memory, work=work, model=model), wan_images, other_wan_images
-    for flow_scale in FLOW_SCALES:
-        draw = partial(rife_pair, flow_scale=flow_scale)
-        curves[f"{RIFE}:{flow_scale:g}"] = draw, images, one_frame(OTHER_PADDED)
+    for layout in RIFE_NETWORKS:
+        for flow_scale in FLOW_SCALES:
+            draw = partial(rife_pair, layout=layout, flow_scale=flow_scale)
+            curves[f"{layout}:{flow_scale:g}"] = draw, images, one_frame(OTHER_PADDED)
     return curves

