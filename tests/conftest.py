@@ -90,6 +90,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=places.get)
 
 
+MODULE = pytest.StashKey[Path]()
+"""File of the last test."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    # A full collection would look at all that earlier files have imported: stages start one whenever they free memory of a GPU.
+    if item.session.stash.get(MODULE, None) != item.path:
+        item.session.stash[MODULE] = item.path
+        gc.collect()
+        gc.freeze()
+
+
 class LocalRay:
     """Ray with 16 CPUs and two simulated GPUs of 80 GB, shared by the test modules of a process."""
 

@@ -1060,8 +1060,6 @@ def simulate(seed, faults=(), lines=None):
 
 def worlds(seeds, faults=(), lines=None):
     """Yield the world of each seed."""
-    # The garbage collector need not look at all modules again and again.
-    gc.freeze()
     often = gc.get_threshold()
     gc.set_threshold(20_000)
     try:
@@ -1069,4 +1067,3 @@ def worlds(seeds, faults=(), lines=None):
             yield simulate(seed, faults, lines)
     finally:
         gc.set_threshold(*often)
-        gc.unfreeze()
