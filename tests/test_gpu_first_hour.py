@@ -189,7 +189,9 @@ def test_process_that_does_not_end_is_killed_and_the_call_continues_later(own_st
 def test_tests_are_collected_without_ray_and_have_rows(tmp_path):
     """As on a machine with the packages of a bundle alone."""
     missing = "('ray', 'pyarrow', 'onnxruntime', 'cv2')"
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({missing}))")
+    # On one CPU: each further process imports all tests.
+    changes = f"import os, sys; sys.modules.update(dict.fromkeys({missing})); os.cpu_count = lambda: 1"
+    (tmp_path / "sitecustomize.py").write_text(changes)
     file, path = tmp_path / "tests.json", os.pathsep.join((str(tmp_path), str(ROOT)))
     command = [sys.executable, "-m", "benchmarks.gpu_steps", "tests", str(file), "--profile", "tiny"]
     code = subprocess.run(

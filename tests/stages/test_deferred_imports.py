@@ -32,7 +32,7 @@ assert "sympy" not in sys.modules
 with deferred_imports("cpu"):
     use_small_images()
 style = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "a drawing"}
-pipeline.generate_video("a cat", seed=1, video_model="wan", **style)
+pipeline.generate_video("a cat", seed=1, video_model="wan", num_frames=5, **style)
 print(json.dumps([name for name in sys.argv[1:] if name in sys.modules]))
 import torchvision
 assert torchvision.models.resnet18 and torchvision.datasets.MNIST
