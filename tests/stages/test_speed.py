@@ -189,7 +189,7 @@ def test_fp8_quantizes_infusenet(tiny, monkeypatch):
     quantized = fp8_networks(monkeypatch)
     with with_options(FluxStage, tiny, quantize="fp8") as stage:
         assert quantized[1:] == []
-        injector = stage._injector("infusenet")
+        injector = stage._injector()
         assert quantized[1:] == [injector.infusenet.net]
 
 
