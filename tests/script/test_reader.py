@@ -416,6 +416,7 @@ def test_metadata_that_only_a_stage_of_a_package_reads_are_not_noted(check, monk
 
 def test_settings_without_effect_are_noted(check):
     for line, note in (
+        ({"metadata": {"caption": "The end? 🌧"}}, "s.jsonl line 1, caption: the font of films has no letter '🌧'"),
         ({"width": 128, "height": 192, "crop_width": 72}, "crop_width, crop_height: keep 14.1% of the finished 512x768 pixels"),
         ({"width": 128, "height": 192, "aspect": "9:16"}, None),
         ({"style_prompt": "ink"}, "s.jsonl line 1, style_prompt: has no effect; set use_hunyuan_style to true"),

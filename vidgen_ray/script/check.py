@@ -16,6 +16,7 @@ from vidgen_ray.content_keys import CutText
 from vidgen_ray.errors import NOT_A_URL, URL_START, FieldError, ScriptError, SetupError, explain, in_json, shortened_value
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
+from vidgen_ray.media.media_file import load_font, missing_letter
 from vidgen_ray.outputs.folder import store_input
 from vidgen_ray.safety import (
     DECLARED_BASES,
@@ -79,6 +80,8 @@ OUTER_LEVELS = 4
 _METADATA = TypeAdapter(JsonValue)
 SMALL_CROP = 0.25
 """A crop that keeps less than this share of the finished picture is noted: it may be meant in pixels before upscaling."""
+CAPTION_PX = 24
+"""Height of the letters for the check whether the font has them."""
 
 
 @dataclass
@@ -244,7 +247,24 @@ class LineChecker:
         if (kept := _cropped_share(shot)) < SMALL_CROP:
             whole = "x".join(map(str, uncropped_size(shot)))
             notes.append(f"{where}, crop_width, crop_height: keep {kept:.1%} of the finished {whole} pixels")
+        if (letter := self._undrawable_letter(shot)) is not None:
+            notes.append(
+                f"{where}, caption: the font of films has no letter {letter!r}; burnt-in captions need a font that has it"
+            )
         line.notes += tuple(note for note in notes if note not in line.notes)
+
+    def _undrawable_letter(self, shot: Shot) -> str | None:
+        """Return a letter of the shot's caption that the font of the script's film does not have."""
+        caption = shot.metadata.get("caption")
+        if not isinstance(caption, str):
+            return None
+        named = (self.header.film or {}).get("font")
+        font = absolute_path(self.folder, named) if isinstance(named, str) else None
+        try:
+            return missing_letter(caption, load_font(None if font is None else Path(font), CAPTION_PX))
+        except OSError:
+            # `vidgen film` names a font that cannot be read.
+            return None
 
     def _validate(self, line: Line, fields: dict[str, Any]) -> Shot | None:
         try:
