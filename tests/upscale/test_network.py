@@ -128,15 +128,28 @@ def test_networks_of_real_esrgan_give_the_pixels_of_their_published_code():
         assert torch.equal(forward(network, pixels.bfloat16()), network.model(pixels.bfloat16()))
 
 
+def test_denoise_mixes_two_weights(tmp_path):
+    general = compact(tmp_path / "realesr-general-x4v3.safetensors", seed=1)
+    with pytest.raises(SetupError, match=r"realesr-general-wdn-x4v3\.safetensors, which does not exist"):
+        find_model(str(general), 0.5)
+    other = compact(tmp_path / "realesr-general-wdn-x4v3.safetensors", seed=2)
+    a, b = (UpscaleModel("m", path).load().model.state_dict() for path in (general, other))
+    mixed = find_model(str(general), 0.25)
+    for name, tensor in mixed.load().model.state_dict().items():
+        torch.testing.assert_close(tensor, 0.25 * a[name] + 0.75 * b[name])
+    assert len({mixed.key, find_model(str(general)).key, find_model(str(general), 0.5).key}) == 3
+
+
 def test_wrong_models_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"")
-    for name, message in (
-        ("x5plus", "must be one of animevideov3, x4plus-anime, x4plus, or the path"),
-        ("weights.bin", "must end in .safetensors or .pth"),
+    for name, denoise, message in (
+        ("x5plus", None, "must be one of animevideov3, x4plus-anime, x4plus, or the path"),
+        ("animevideov3", 0.5, "must be those of realesr-general-x4v3"),
+        ("weights.bin", None, "must end in .safetensors or .pth"),
     ):
         with pytest.raises(UsageError, match=message):
-            find_model(name)
+            find_model(name, denoise)
 
 
 def test_frames_go_through_the_stage(tiny_model, monkeypatch, tmp_path):

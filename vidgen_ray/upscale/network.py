@@ -4,12 +4,13 @@ uint8 or uint16 pixels in, larger pixels of the same type out.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -26,6 +27,7 @@ from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
 from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, RealESRGANParams, RealESRGANStage, forward, load_network
 from vidgen_ray.stages.speed import cpu_has_bfloat16
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.upscale.frames import Pixels
 from vidgen_ray.upscale.source import VideoSource
@@ -42,26 +44,50 @@ BUILTIN_MODELS: Mapping[str, str] = {
     "x4plus-anime": "drawn images, ten times slower",
     "x4plus": "photos and film, about twenty times slower",
 }
+GENERAL, DENOISING = "general-x4v3", "general-wdn-x4v3"
+"""Parts of the file names of the two weights that `denoise` mixes."""
 
 
 @dataclass(frozen=True)
 class UpscaleModel:
-    """A network in a file."""
+    """A network in a file, or the mixture of two files with the same layout."""
 
     name: str
     file: Path
+    denoising_file: Path | None = None
+    denoise: float = 1.0
+    """Share of `file` in the weights, 0 to 1. The rest is that of `denoising_file`."""
     is_builtin: bool = False
     """True for the networks that come with vidgen, not for a file of the same name."""
 
+    @cached_property
+    def key(self) -> str:
+        """Return the digest of the weights."""
+        if self.denoising_file is None:
+            return digest(self.file)
+        parts = f"{digest(self.file)} {digest(self.denoising_file)} {self.denoise}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
     def load(self) -> ImageModelDescriptor[Any]:
-        """Load the network in float32. Raises StageError if the file does not hold one."""
+        """Load the network in float32. Raises StageError if a file does not hold one, or two files do not fit together."""
         network = load_network(self.file)
+        if self.denoising_file is not None:
+            other = load_network(self.denoising_file).model.state_dict()
+            own = network.model.state_dict()
+            if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in other.items()}:
+                raise StageError(f"{self.file.name} and {self.denoising_file.name} have different layouts, cannot be mixed")
+            network.model.load_state_dict({name: tensor.lerp(other[name], 1 - self.denoise) for name, tensor in own.items()})
         require_finite_weights({self.name: network.model}, StageError)
         return network
 
 
-def find_model(name: str) -> UpscaleModel:
-    """Return the model with this name, or in this file. Raises UsageError if there is none."""
+def find_model(name: str, denoise: float | None = None) -> UpscaleModel:
+    """Return the model with this name, or in this file.
+
+    `denoise`, 0 to 1, needs weights named like realesr-general-x4v3 and, beside them, realesr-general-wdn-x4v3. As in
+    Real-ESRGAN, 0 keeps noise, 1 removes it.
+    Raises UsageError for an unknown name, and for `denoise` with other weights.
+    """
     if name in BUILTIN_MODELS:
         file = next(path for ending in ENDINGS if (path := resolve("builtin:realesrgan") / f"{name}{ending}").is_file())
     else:
@@ -72,7 +98,16 @@ def find_model(name: str) -> UpscaleModel:
             raise UsageError(f"--model: got {name!r}, {allowed}")
         if file.suffix not in ENDINGS:
             raise UsageError(f"--model: got {name!r}, must end in {' or '.join(ENDINGS)}")
-    return UpscaleModel(file.stem, file, is_builtin=name in BUILTIN_MODELS)
+    if denoise is None:
+        return UpscaleModel(file.stem, file, is_builtin=name in BUILTIN_MODELS)
+    if not 0 <= denoise <= 1:
+        raise UsageError(f"--denoise: got {denoise:g}, must be from 0 to 1")
+    partner = file.with_name(file.name.replace(GENERAL, DENOISING))
+    if GENERAL not in file.name:
+        raise UsageError(f"--denoise: got weights {file.name}, must be those of realesr-{GENERAL}, by path with --model")
+    if not partner.is_file():
+        raise SetupError(f"--denoise: needs {partner}, which does not exist; put it beside {file.name}")
+    return UpscaleModel(f"{file.stem} (denoise {denoise:g})", file, partner, denoise)
 
 
 Size = tuple[int, int]

@@ -249,7 +249,7 @@ def _request(source: VideoSource, size: Size, options: UpscaleOptions) -> str:
     content: dict[str, Any] = {
         "format": _FORMAT,
         "source": digest(source.path),
-        "model": None if options.model is None else digest(options.model.file),
+        "model": None if options.model is None else options.model.key,
         "fields": [repr(attrgetter(name)(options.shot)) for name in RealESRGANStage.reads],
         "size": size,
         "pixel_aspect": str(source.pixel_aspect),

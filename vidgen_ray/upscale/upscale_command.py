@@ -105,6 +105,14 @@ def upscale(
             "--model", "-m", help="Name of a model (see --list-models), or the path of its weights.", show_default=True
         ),
     ] = DEFAULT_NETWORK,
+    denoise: Annotated[
+        float | None,
+        details_option(
+            "--denoise",
+            metavar="0..1",
+            help="Denoising strength of realesr-general-x4v3, whose two weights are mixed. Default: only the first.",
+        ),
+    ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Print the names of the models and exit.")] = False,
     codec: Annotated[Codec, details_option("--codec", help="Video codec of the output.", show_default=True)] = "h264",
     crf: Annotated[
@@ -163,7 +171,7 @@ def upscale(
     if codec != "av1" and crf is not None and crf > 51:
         raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
     targets = _targets(list(dict.fromkeys(path for text in videos for path in _named(text))), Path(out))
-    network = find_model(model)
+    network = find_model(model, denoise)
     options = UpscaleOptions(
         model=network,
         encode=EncodeSettings(
