@@ -40,7 +40,7 @@ from benchmarks.machine import machine
 from benchmarks.meta_networks import realesrgan_network
 from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, lora_for, measure_stage, random_models, with_random_weights
 from vidgen_ray.bench.published_models import RandomModel, write_random_infusenet
-from vidgen_ray.cli.doctor import check_driver, check_shared_memory, check_torch, memory_limit_gb
+from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
 from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.planner import peak_shares, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB
@@ -128,7 +128,7 @@ def machine_step(run: Run) -> None:
 
 
 def _checks(on_gpu: bool) -> dict[str, Any]:
-    findings = [check_driver(on_gpu, torch.version.cuda), check_torch(on_gpu, torch), check_shared_memory()]
+    findings = [check_python(), check_driver(on_gpu, torch.version.cuda), check_torch(on_gpu, torch), check_shared_memory()]
     compiler = speed.missing_compiler("cuda" if on_gpu else "cpu")
     return {"findings": [*map(asdict, findings)], "missing_compiler": compiler, "memory_limit_gb": memory_limit_gb()}
 

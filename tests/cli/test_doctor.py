@@ -7,6 +7,7 @@ from pathlib import Path
 from resource import RLIM_INFINITY
 from types import SimpleNamespace
 
+import av
 import grpc
 import pytest
 
@@ -48,6 +49,7 @@ HERE, NOWHERE = Path(__file__), Path("/nowhere")
 GPU_24GB, GPU_80GB = map(load_profile, ("gpu-24gb", "gpu-80gb"))
 FLUX = licence_of("hub:black-forest-labs/FLUX.1-dev")
 CASES = [
+    (checks.check_python((3, 10)), "fail", "Python 3.10", "use Python 3.11, 3.12 or 3.13"),
     (checks.check_driver(True, "12.8", lambda: H100, [HERE]), "pass", "driver 570.86: NVIDIA H100 80GB HBM3 (80 GB)", None),
     (checks.check_driver(True, "13.0", lambda: GB10, [HERE]), "pass", "driver 580.126: NVIDIA GB10 (memory N/A)", None),
     (checks.check_driver(True, "13.0", lambda: H100, [HERE]), "fail", "NVIDIA driver 580", "torchvision for CUDA 12:"),
@@ -98,13 +100,31 @@ def test_checks():
         assert fix is None or fix in finding.fix, finding
 
 
-def test_missing_package_is_a_finding(monkeypatch):
-    for name in [name for name in sys.modules if name == "onnx" or name.startswith("onnx.")]:
+@pytest.mark.parametrize(("check", "package"), [(lambda: checks.check_provider("cpu"), "onnx"), (checks.check_video, "av")])
+def test_missing_package_is_a_finding(monkeypatch, check, package):
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    finding = checks.check_provider("cpu")
-    assert (finding.status, finding.text) == ("fail", "the package onnx is not installed")
-    assert finding.fix == "pip install onnx"
+    monkeypatch.setitem(sys.modules, package, None)
+    finding = check()
+    assert (finding.status, finding.text) == ("fail", f"the package {package} is not installed")
+    assert finding.fix == f"pip install {package}"
+
+
+def test_doctor_encodes_and_decodes_a_clip(monkeypatch):
+    assert checks.check_video().status == "pass"
+    changed = TypeError("open() got an unexpected keyword argument 'metadata_errors'")
+    open_av = av.open
+
+    def open_of_another_version(*files, **options):
+        if "w" in files:
+            return open_av(*files, **options)
+        raise changed
+
+    monkeypatch.setattr(av, "open", open_of_another_version)
+    finding = checks.check_video()
+    assert (finding.status, finding.fix) == ("fail", checks.REINSTALL_AV)
+    assert "cannot encode and decode a clip" in finding.text
+    assert "metadata_errors" in finding.text
 
 
 @pytest.mark.parametrize(("answer", "status"), [("UNAUTHENTICATED", "pass"), ("OK", "fail"), ("UNAVAILABLE", "warn")])

@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import typer
 from rich.markup import escape
 
@@ -27,6 +31,7 @@ from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import ProfileOption
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
+from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
 from vidgen_ray.planner import Cluster, demand_of, load_calibration, plan_run, profile_for, this_machine
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES
@@ -39,11 +44,13 @@ from vidgen_ray.weights.inventory import LocalWeights, local_weights
 from vidgen_ray.weights.ledger import WeightLicence, accepted_licences
 
 _Status = Literal["pass", "warn", "fail"]
+PYTHON_VERSIONS = ((3, 11), (3, 13))
 RAY_VERSION = (2, 60)
 """Minor version of Ray whose private names this project uses."""
 EMPTY_ONNXRUNTIME = "99.0"
 """Version of packaging/onnxruntime, the empty distribution that stands for onnxruntime-gpu."""
 REINSTALL_ONNXRUNTIME = "pip uninstall -y onnxruntime && pip install --no-deps --force-reinstall onnxruntime-gpu"
+REINSTALL_AV = "pip install --force-reinstall --only-binary :all: 'av>=18.1,<20'"
 WSL_TOOLS = "/usr/lib/wsl/lib"
 """Folder of nvidia-smi on WSL2, which may not be on the path."""
 LOWEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -67,6 +74,15 @@ class Finding:
     """Sentence for the user: the state that was found."""
     fix: str | None = None
     """Advice, as a command if there is one. `None`: nothing to do."""
+
+
+def check_python(found: tuple[int, int] = sys.version_info[:2]) -> Finding:
+    """Python's version must be one that the dependencies support."""
+    lowest, highest = PYTHON_VERSIONS
+    text = f"Python {found[0]}.{found[1]} on {platform.machine()}"
+    if lowest <= found <= highest:
+        return Finding("python", "pass", text)
+    return Finding("python", "fail", text, "use Python 3.11, 3.12 or 3.13, e.g. python3.12 -m venv .venv")
 
 
 def query_driver() -> list[list[str]] | None:
@@ -206,9 +222,13 @@ def check_provider(device: str, open_model: Callable[..., Any] = open_session) -
     except SetupError as error:
         return Finding("faces", "fail", str(error), REINSTALL_ONNXRUNTIME)
     except ImportError as error:
-        package = str(error.name).partition(".")[0]
-        return Finding("faces", "fail", f"the package {package} is not installed", f"pip install {package}")
+        return _not_installed("faces", error)
     return Finding("faces", "pass", f"sessions run on {session.get_providers()[0]}")
+
+
+def _not_installed(check: str, error: ImportError) -> Finding:
+    package = str(error.name).partition(".")[0]
+    return Finding(check, "fail", f"the package {package} is not installed", f"pip install {package}")
 
 
 def onnxruntime_cuda() -> str | None:
@@ -233,6 +253,28 @@ def check_cuda_pair(device: str, runtime_cuda: str | None, torch_cuda: str | Non
         return Finding("cuda pair", "pass", text)
     advice = "install torch for that CUDA version, an older onnxruntime-gpu, or set device: cpu for actors.instantid"
     return Finding("cuda pair", "fail", text, advice)
+
+
+def check_video() -> Finding:
+    """PyAV must encode and decode a clip, with the functions of a run."""
+    try:
+        import av
+    except ImportError as error:
+        return _not_installed("video", error)
+    text, frames = f"PyAV {av.__version__}", np.full((2, 64, 64, 3), 128, np.uint8)
+    try:
+        with TemporaryDirectory(prefix="vidgen-") as folder:
+            clip = Path(folder, "clip.mp4")
+            with Mp4Writer(clip, 64, 64, 8, Mp4Settings()) as writer:
+                writer.write(frames)
+            with open_video(clip) as video:
+                error_of_pixels = np.abs(video.frames(0, 2).astype(int) - frames).max()
+    # PyAV may have changed in any way.
+    except Exception as error:
+        return Finding("video", "fail", f"{text} cannot encode and decode a clip: {error}", REINSTALL_AV)
+    if error_of_pixels > 4:
+        return Finding("video", "fail", f"{text} decodes other pixels than it encoded", REINSTALL_AV)
+    return Finding("video", "pass", f"{text} encodes and decodes H.264")
 
 
 def check_disk(folder: Path, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:
@@ -445,12 +487,14 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
     folder = profile.source.parent if profile.source else None
     licences = profile.weight_licences(profile.actors)
     weights = [local_weights(reference, folder) for reference in licences]
+    yield check_python()
     yield check_driver(needs_gpu, torch.version.cuda)
     yield check_wsl(needs_gpu)
     yield check_torch(needs_gpu, torch)
     yield check_onnxruntime()
     yield check_provider(faces)
     yield check_cuda_pair(faces, onnxruntime_cuda(), torch.version.cuda)
+    yield check_video()
     for path in dict.fromkeys((Path.cwd(), cache_dir(), Path(constants.HF_HUB_CACHE))):
         yield check_disk(path)
     yield check_shared_memory()
