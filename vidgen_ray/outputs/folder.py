@@ -102,20 +102,12 @@ class ShotDraft:
         # Renaming the file keeps its time.
         committed_at = None if self._storage.local is None else self.path(RECORD).stat().st_mtime
         shot_id = _id_of(self.plan)
-        folder = shot_path(shot_id)
         self._outputs.check_lease()
-        present = self._storage.files(folder)
-        # Delete the record of an earlier render of this id before its first file is replaced.
-        if RECORD in present:
-            self._storage.delete(f"{folder}/{RECORD}")
         # The key file comes before the record, so that every finished shot can be found by its key. A key file without a
         # finished shot is harmless. It is renamed from the workspace, so `keys/` has no temporary files.
         self.path(self.plan.key).write_text(shot_id, encoding="utf-8")
-        paths = {file.name: f"{folder}/{file.name}" for file in files}
-        self._storage.publish(self._workspace, {self.plan.key: key_path(self.plan.key), **paths})
-        for stale in present.keys() - record.files.keys() - {RECORD}:
-            self._storage.delete(f"{folder}/{stale}")
-        self._storage.publish(self._workspace, {RECORD: f"{folder}/{RECORD}"})
+        key_file = {self.plan.key: key_path(self.plan.key)}
+        self._storage.replace_folder(self._workspace, shot_path(shot_id), RECORD, key_file)
         return record.model_copy(update={"committed_at": committed_at})
 
 

@@ -107,6 +107,20 @@ class Storage(ABC):
     def publish(self, workspace: Path, paths: Mapping[str, str]) -> None:
         """Move finished files from a workspace to their paths, in any order. Each appears atomically. `paths`: by name."""
 
+    def replace_folder(self, workspace: Path, folder: str, last: str, elsewhere: Mapping[str, str]) -> None:
+        """Make the files of a workspace the only ones in a folder, except those with a path `elsewhere`.
+
+        While the file `last` is in the folder, all others are, and those elsewhere are published.
+        """
+        names = {file.name for file in workspace.iterdir()} - elsewhere.keys()
+        present = self.files(folder)
+        if last in present:
+            self.delete(f"{folder}/{last}")
+        self.publish(workspace, {**elsewhere, **{name: f"{folder}/{name}" for name in names - {last}}})
+        for stale in present.keys() - names:
+            self.delete(f"{folder}/{stale}")
+        self.publish(workspace, {last: f"{folder}/{last}"})
+
     @abstractmethod
     def publish_folder(self, workspace: Path, folder: str) -> None:
         """Publish the content of a workspace as `folder`, atomically. An existing folder is kept."""
@@ -271,6 +285,17 @@ class LocalStorage(Storage):
             target = self._made_for(path)
             files.flush_to_disk(workspace / name)
             os.replace(workspace / name, target)
+
+    def replace_folder(self, workspace: Path, folder: str, last: str, elsewhere: Mapping[str, str]) -> None:
+        self.publish(workspace, elsewhere)
+        target = self._made_for(folder)
+        for file in workspace.iterdir():
+            files.flush_to_disk(file)
+        try:
+            workspace.rename(target)
+        except OSError:
+            # It has files.
+            super().replace_folder(workspace, folder, last, {})
 
     def publish_folder(self, workspace: Path, folder: str) -> None:
         target = self._made_for(folder)

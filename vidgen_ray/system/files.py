@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -101,9 +102,8 @@ def temporary_prefix(owner: ProcessId | None = None) -> str:
 
 def temporary_folder(parent: Path) -> Path:
     """Create a hidden folder in `parent`, and `parent` if needed."""
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=temporary_prefix()))
-    folder.chmod(0o755)
+    folder = parent / f"{temporary_prefix()}{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
     return folder
 
 
