@@ -30,22 +30,6 @@ def images(count):
     return [{"id": f"s{n:02}", "prompt": f"shot {n}", **IMAGE} for n in range(count)]
 
 
-def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(profile, tmp_path):
-    log = tmp_path / "log"
-
-    def fail_on_gpu_0(shot):
-        append(log, f"{gpu()} {actor_name()}")
-        if gpu() == "0":
-            raise RuntimeError("it is broken")
-        time.sleep(0.1)  # the work
-
-    report, rows = run(tmp_path, profile, images(40), stages(fail_on_gpu_0))
-    assert (report.done, report.failed) == (40, 0), {row.id: row.failure_message for row in rows.values()}
-    sick = next(line.split()[1] for line in log.read_text().splitlines() if line.startswith("0 "))
-    assert report.quarantined
-    assert all(entry.startswith(f"{sick} (") and "failed for flux on different shots" in entry for entry in report.quarantined)
-
-
 def test_worker_that_makes_other_images_than_two_others_is_quarantined(tiny, tmp_path, monkeypatch):
     change_limits(monkeypatch, first_checked_call=2)
     loads = tmp_path / "loads"

@@ -16,7 +16,7 @@ from vidgen_ray.engine import actor_start, shell
 from vidgen_ray.engine.actor_start import Ping, load_weights, ping, place_when_up, start
 from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.engine.messages import Call, Died, Ended, Kind, LoadFailed, Ready, Report, Silent
+from vidgen_ray.engine.messages import Call, Died, Ended, Kind, Ready, Report, Silent
 from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.ray_cluster import process_of
 from vidgen_ray.engine.shell import NOT_SENT, Shell, WorkerCall
@@ -237,24 +237,6 @@ def test_start_fails_if_the_process_crashes_or_can_never_start(cluster):
     asyncio.run(scenario(Raising, "died"))
 
 
-def test_process_that_crashes_while_it_loads_is_given_up(cluster, tiny):
-    @ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)
-    class Crashing(Placed):
-        def attach(self, number):
-            return None
-
-        def load(self):
-            os._exit(1)
-
-    async def scenario(shell, record):
-        waiting = call(shell, "nap")
-        failed = await failure_of(waiting)
-        assert (failed.failure.stage, failed.failure.error) == ("loading", "WorkerDied")
-        assert len(record.of(LoadFailed)) == 2
-
-    run(tiny, Crashing.remote(), scenario, load_attempts=2, restart_s=0.1)
-
-
 def test_crash_with_one_call_fails_it_and_with_several_each_runs_alone(cluster, tiny, tmp_path):
     async def scenario(shell, record):
         failed = await failure_of(call(shell, "crash"))
@@ -323,19 +305,6 @@ def test_timeout_restarts_the_process_unless_the_driver_was_stopped(cluster, tin
         assert row_of(shell).pid != before
 
     run(tiny, Sleeper.remote(), scenario, late_s=0.5)
-
-
-def test_ignored_cancellation_restarts_the_process(cluster, tiny, tmp_path):
-    async def scenario(shell, record):
-        sleeping = call(shell, "sleep_once", tmp_path / "started", timeout_s=600)
-        await asyncio.to_thread(wait_for, tmp_path / "started")
-        before = row_of(shell).pid
-        sleeping.cancel()
-        await record.until(Ready, 2)
-        assert row_of(shell).pid != before
-        await call(shell, "nap")
-
-    run(tiny, Sleeper.remote(), scenario, cancel_s=0.5)
 
 
 def test_frozen_process_is_killed_and_its_running_call_is_the_cause(cluster, tiny, tmp_path, monkeypatch):
