@@ -17,6 +17,11 @@ from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_settings import OnlineSettings
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(batch_runner, "QUEUED", 8)
+
+
 @pytest.fixture
 def server(tiny, tmp_path):
     settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"), gpu_hour_price=2.0)
@@ -69,7 +74,7 @@ def results(client, batch):
 
 
 def test_each_line_is_answered_once_in_one_of_both_files(client):
-    good = [line(f"good-{seed}", seed=seed, **SMALL) for seed in range(70)]
+    good = [line(f"good-{seed}", seed=seed, **SMALL) for seed in range(20)]
     bad = [
         line("field", **SMALL, fps=-1),
         line("model", model="none", **SMALL),
@@ -89,26 +94,26 @@ def test_each_line_is_answered_once_in_one_of_both_files(client):
         + b'"}\n'
     )
     batch = ended(client, create(client, content, metadata={"set": "a"}))
-    assert (batch["status"], batch["metadata"], batch["request_counts"]["total"]) == ("completed", {"set": "a"}, 80)
-    assert batch["request_counts"] == {"total": 80, "completed": 70, "failed": 10}
+    assert (batch["status"], batch["metadata"], batch["request_counts"]["total"]) == ("completed", {"set": "a"}, 30)
+    assert batch["request_counts"] == {"total": 30, "completed": 20, "failed": 10}
     output, errors = results(client, batch)
-    assert [each["custom_id"] for each in output] == [f"good-{seed}" for seed in range(70)]
+    assert [each["custom_id"] for each in output] == [f"good-{seed}" for seed in range(20)]
     body = output[0]["response"]["body"]
     assert (output[0]["error"], body["object"], body["priority"], body["cost"]) == (None, "video", "low", 0.0)
     assert body["licences"]
     assert client.get(f"/v1/videos/{body['id']}/content").content
     found = [(each["custom_id"], each["error"]["code"], each["error"]["param"], each["error"]["line"]) for each in errors]
     assert found == [
-        ("field", "invalid_value", "fps", 71),
-        ("model", "model_not_found", "model", 72),
-        ("url", "invalid_value", "url", 73),
-        ("two", "invalid_value", "n", 74),
-        (None, "duplicate_custom_id", "custom_id", 75),
-        (None, "invalid_json", None, 76),
-        (None, "invalid_value", "custom_id", 77),
-        ("unsafe", "invalid_value", "prompt", 78),
-        (None, "invalid_json", None, 80),
-        (None, "too_large", None, 81),
+        ("field", "invalid_value", "fps", 21),
+        ("model", "model_not_found", "model", 22),
+        ("url", "invalid_value", "url", 23),
+        ("two", "invalid_value", "n", 24),
+        (None, "duplicate_custom_id", "custom_id", 25),
+        (None, "invalid_json", None, 26),
+        (None, "invalid_value", "custom_id", 27),
+        ("unsafe", "invalid_value", "prompt", 28),
+        (None, "invalid_json", None, 30),
+        (None, "too_large", None, 31),
     ]
     files = {each["purpose"] for each in client.get("/v1/files").json()["data"]}
     assert files == {"batch", "batch_output"}
@@ -159,18 +164,18 @@ def test_batch_is_cancelled_in_each_state(server, client):
         cancelled = client.post(f"/v1/batches/{each['id']}/cancel").json()
         assert cancelled["status"] in ("cancelling", "cancelled")
         cancelled = ended(client, cancelled)
-        assert cancelled["request_counts"] == {"total": 73, "completed": 0, "failed": 73}
+        assert cancelled["request_counts"] == {"total": 17, "completed": 0, "failed": 17}
         assert cancelled["status"] == "cancelled"
         output, errors = results(client, cancelled)
         assert output == []
-        assert [each["custom_id"] for each in errors] == [f"{seed}" for seed in range(73)]
+        assert [each["custom_id"] for each in errors] == [f"{seed}" for seed in range(17)]
         assert {each["error"]["code"] for each in errors} == {"batch_cancelled"}
     assert client.post(f"/v1/batches/{done['id']}/cancel").json() == done
 
 
 def test_interactive_jobs_pass_a_batch_and_its_lines_use_up_no_limit(server, client):
     server.director.held.set()
-    create(client, jsonl(*(line(f"{seed}", seed=seed, **SMALL) for seed in range(99))))
+    create(client, jsonl(*(line(f"{seed}", seed=seed, **SMALL) for seed in range(20))))
     while server.store.open_counts()["queued"] < batch_runner.QUEUED:
         time.sleep(0.02)
     fields = {"prompt": "first", "num_frames": 2, "size": "64x64", "upscale": False}
@@ -246,11 +251,11 @@ def test_lines_are_stored_once_by_two_replicas_that_crash(server, client, monkey
 
     monkeypatch.setattr(server.store.batches, "end", crash)
     with TestClient(server.app, **LOCAL) as other:
-        lines = [line(f"{seed}", seed=seed % 90, **SMALL) for seed in range(100)]
+        lines = [line(f"{seed}", seed=seed % 20, **SMALL) for seed in range(24)]
         output, errors = results(other, ended(other, create(client, jsonl(*lines))))
-    assert [each["custom_id"] for each in output] == [f"{seed}" for seed in range(100)]
+    assert [each["custom_id"] for each in output] == [f"{seed}" for seed in range(24)]
     assert errors == []
-    assert len(server.director.rendered) == 90
+    assert len(server.director.rendered) == 20
 
 
 NPM_CLIENT = "openai@6.49.0"
