@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidgen_ray.media import open_video
+from vidgen_ray.media.decode import open_video
 from vidgen_ray.media.encode import COLOUR_TAGS, Mp4Settings, Mp4Writer
 from vidgen_ray.stages.base import Frames
 

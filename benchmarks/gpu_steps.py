@@ -42,8 +42,8 @@ from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, lora_for, measu
 from vidgen_ray.bench.published_models import RandomModel, write_random_infusenet
 from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
 from vidgen_ray.engine.gpu_group import GpuGroup
-from vidgen_ray.planner import peak_shares, profile_for, this_machine
-from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.cluster import GB, profile_for, this_machine
+from vidgen_ray.planner.demand import peak_shares
 from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.oom_fallback import allocator_settings, prepare_gpu

@@ -151,7 +151,7 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     from vidgen_ray.online.server_plan import server_plan
     from vidgen_ray.online.server_settings import Limits, OnlineSettings
     from vidgen_ray.online.store.store import open_store
-    from vidgen_ray.planner import this_machine
+    from vidgen_ray.planner.cluster import this_machine
 
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]

@@ -17,11 +17,10 @@ from vidgen_ray.batch.render_script import render_shots
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
-from vidgen_ray.planner import Cluster, Node
-from vidgen_ray.planner.cluster import H100
+from vidgen_ray.planner.cluster import H100, Cluster, Node
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE
 from vidgen_ray.script.lines import ScriptSettings

@@ -143,7 +143,7 @@ class Run:
     def _write_images(self) -> None:
         """Let each line start from an image. After the first execution, the images in `next` replace those of their name."""
         from benchmarks.peers.vidgen_script import image_of
-        from vidgen_ray.media import write_png
+        from vidgen_ray.media.images import write_png
 
         for name in ("inputs", "next"):
             (self.folder / name).mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ from benchmarks.simulated import (
     gradient,
     shot_ids,
 )
-from vidgen_ray.media import write_png
+from vidgen_ray.media.images import write_png
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Likeness, Stage
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage

@@ -36,7 +36,7 @@ from skimage.metrics import structural_similarity
 from benchmarks.machine import machine, write_json
 from benchmarks.upscale_quality import colour_video_vdp
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.media import read_image
+from vidgen_ray.media.images import read_image
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot

@@ -17,7 +17,7 @@ from tests.fake_stages import FAKES, profile_of_fakes
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.data import build_processor
 from vidgen_ray.errors import UsageError
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.cluster import parse_gpus
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -14,7 +14,7 @@ from benchmarks import gpu_steps
 from benchmarks.gpu_encoding import NVENC, NVENC_OPTIONS, encoding_rates
 from benchmarks.gpu_rows import CRASHES, TIME_IS_OVER, UNFINISHED, Rows, TimeIsOver, alarm
 from tools import gpu_first_hour, gpu_results
-from vidgen_ray.planner import load_calibration
+from vidgen_ray.planner.demand import load_calibration
 from vidgen_ray.stages import speed
 
 ROOT = Path(__file__).parent.parent

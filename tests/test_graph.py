@@ -10,7 +10,7 @@ from vidgen_ray import graph
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import STAGES, stages_of
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage

@@ -17,7 +17,8 @@ import vidgen_ray
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.errors import FieldError, ScriptError, UsageError
-from vidgen_ray.media import open_video, read_image
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import read_image
 from vidgen_ray.pipeline import progress_bar
 from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.render.step_runner import StepFailed

@@ -19,7 +19,7 @@ from vidgen_ray.cli import slurm as slurm_command
 from vidgen_ray.cli.app import run_command
 from vidgen_ray.engine.ray_cluster import _unused_ports
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.cluster import parse_gpus
 
 ROOT = Path(__file__).parent.parent
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tests.browser import browser_page
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.media import open_video
+from vidgen_ray.media.decode import open_video
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES, IMAGES = ROOT / "examples", ROOT / "docs" / "images"

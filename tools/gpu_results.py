@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.planner import Measurement, save_measurements
 from vidgen_ray.planner.cluster import CARDS
+from vidgen_ray.planner.demand import Measurement, save_measurements
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks-gpu.md"
 Row = Mapping[str, Any]

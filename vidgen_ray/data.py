@@ -45,7 +45,7 @@ from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import PeriodicTask
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
-from vidgen_ray.planner import Cluster, profile_for, this_machine
+from vidgen_ray.planner.cluster import Cluster, profile_for, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, merged
 from vidgen_ray.script.formats import table_lines

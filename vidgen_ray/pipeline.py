@@ -20,11 +20,13 @@ from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened_value
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
-from vidgen_ray.media import CLIP_SUFFIXES, encode_png, read_image, write_png
+from vidgen_ray.media.images import encode_png, read_image, write_png
+from vidgen_ray.media.media_file import CLIP_SUFFIXES
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import shot_without_row
 from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE, ShotRecord, StepRecord
-from vidgen_ray.planner import ShotSizes, profile_for, swap_groups, this_machine
+from vidgen_ray.planner.cluster import profile_for, this_machine
+from vidgen_ray.planner.gpu_memory import ShotSizes, swap_groups
 from vidgen_ray.profile import Profile, ProvenanceSettings
 from vidgen_ray.provenance.record import InputFile, altered_record, mark_of, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result

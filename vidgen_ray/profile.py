@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError, StrictModel, allowed_of, shortened_value
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.safety import ContentPolicy, Safety, SafetySettings, safety_of
 from vidgen_ray.shot import wrong_defaults
 from vidgen_ray.stages.base import Stage, StageParams

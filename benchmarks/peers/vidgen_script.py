@@ -27,7 +27,7 @@ from vidgen_ray.engine.ray_cluster import AGENT_DELAY_S, init_local_ray
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.outputs.cleanup import prune_shots
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Node
+from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item

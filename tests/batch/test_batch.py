@@ -22,14 +22,15 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import RelativeCost
-from vidgen_ray.media import open_video
+from vidgen_ray.media.decode import open_video
 from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.outputs.storage import LocalStorage
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run, this_machine
-from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS
+from vidgen_ray.planner.choose_layout import plan_run
+from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
+from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, demand_of
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, keep, settled
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.script.lines import ScriptSettings

@@ -15,7 +15,7 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.media import read_image
+from vidgen_ray.media.images import read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline

@@ -28,7 +28,7 @@ from vidgen_ray.engine.recording import replay
 from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.stages.flux import FluxStage
 

@@ -24,7 +24,7 @@ import json, sys
 from pathlib import Path
 from vidgen_ray.graph import STAGES
 from vidgen_ray.content_keys import ShotPlanner
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.remote.stages import RemoteParams
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.script.lines import ScriptSettings

@@ -39,7 +39,7 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import Failure, StepRecord
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.script.lines import ScriptSettings
 
 

@@ -10,7 +10,7 @@ from vidgen_ray.bench.bench_command import BenchOptions, bench_stages
 from vidgen_ray.bench.published_models import random_model, random_pipeline
 from vidgen_ray.cli import main
 from vidgen_ray.graph import relative_costs
-from vidgen_ray.planner import load_calibration
+from vidgen_ray.planner.demand import load_calibration
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxStage

@@ -44,8 +44,10 @@ from vidgen_ray.outputs import run_log
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster as Machines
-from vidgen_ray.planner import Node, demand_of, parse_gpus, plan_run
+from vidgen_ray.planner.choose_layout import plan_run
+from vidgen_ray.planner.cluster import Cluster as Machines
+from vidgen_ray.planner.cluster import Node, parse_gpus
+from vidgen_ray.planner.demand import demand_of
 from vidgen_ray.profile import ProvenanceSettings, load_profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script

@@ -22,7 +22,7 @@ from vidgen_ray.cli import main, one_stage
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.media import open_video
+from vidgen_ray.media.decode import open_video
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.shot import Shot

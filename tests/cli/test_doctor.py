@@ -14,7 +14,8 @@ import pytest
 from vidgen_ray.cli import doctor as checks
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
-from vidgen_ray.planner import Cluster, Node, cluster
+from vidgen_ray.planner import cluster
+from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages import speed
 from vidgen_ray.weights.ledger import licence_of

@@ -25,7 +25,7 @@ from vidgen_ray.cli.options import LineOptions, parse_fields
 from vidgen_ray.content_keys import ShotPlanner, cut_texts, params_of
 from vidgen_ray.errors import ScriptError, UsageError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.media import encode_png
+from vidgen_ray.media.images import encode_png
 from vidgen_ray.outputs import object_storage
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import last_number
 from vidgen_ray.outputs.manifest import ManifestRow

@@ -34,7 +34,8 @@ from vidgen_ray.dataset.export_formats import encode_again, write_block
 from vidgen_ray.dataset.export_rows import ExportSettings, assign_splits, parse_splits
 from vidgen_ray.dataset.tables import open_tables
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
 from vidgen_ray.outputs.cleanup import remove_person
 from vidgen_ray.outputs.lease import lease
 from vidgen_ray.outputs.manifest import read_manifest

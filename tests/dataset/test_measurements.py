@@ -10,7 +10,9 @@ from tests.conftest import ASTRONAUT
 from tests.dataset.conftest import make_folder, moving, texture
 from vidgen_ray.dataset.measurements import FaceScorer, HashScorer, MotionScorer, PixelScorer
 from vidgen_ray.dataset.scorers import MEASURED_SIDE_PX, Clip, Networks, face_params
-from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image, write_png
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.instantid import InstantIDStage, measure_likeness, sampled_frames

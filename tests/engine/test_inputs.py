@@ -12,7 +12,7 @@ from tests.fake_stages import FAKES, plan_of, with_actor
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.messages import Kind
 from vidgen_ray.errors import InputChanged, OtherWeights
-from vidgen_ray.media import read_image, write_png
+from vidgen_ray.media.images import read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.render.shot_files import ShotFiles

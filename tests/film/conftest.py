@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.dataset.conftest import make_folder
-from vidgen_ray.media import Mp4Settings, Mp4Writer
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import shot_path
 

@@ -14,11 +14,12 @@ from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, ProfileError, StageError
 from vidgen_ray.film.timeline import probe_clip
-from vidgen_ray.media import open_foreign_video, open_video, read_image, verify_image
+from vidgen_ray.media.decode import open_foreign_video, open_video
+from vidgen_ray.media.images import read_image, verify_image
 from vidgen_ray.nets.weight_files import check_lora_file
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.stages.realesrgan import load_network

@@ -15,7 +15,8 @@ import torch
 from tests.hostile.files import RunsCode
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.film.film_settings import read_film_file
-from vidgen_ray.media import open_video, read_image
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import read_image
 from vidgen_ray.nets.identity_networks import read_parts
 from vidgen_ray.nets.ir_se50 import read_network
 from vidgen_ray.nets.rife_network import load_rife

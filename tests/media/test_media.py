@@ -20,17 +20,9 @@ from vidgen_ray.dataset.export_formats import encode_again
 from vidgen_ray.dataset.scorers import Clip
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.timeline import probe_clip, sound_seconds
-from vidgen_ray.media import (
-    Mp4Settings,
-    Mp4Writer,
-    cover_crop,
-    decode_lossless,
-    encode_lossless,
-    open_foreign_video,
-    open_video,
-    read_image,
-)
-from vidgen_ray.media.decode import _end_all, sample_frames
+from vidgen_ray.media.decode import _end_all, decode_lossless, open_foreign_video, open_video, sample_frames
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
+from vidgen_ray.media.images import cover_crop, read_image
 from vidgen_ray.media.media_file import open_media
 from vidgen_ray.remote.stages import _decoded
 from vidgen_ray.upscale.frames import end_real_time_priority

@@ -16,7 +16,7 @@ from insightface.model_zoo import get_model
 from tests.conftest import ASTRONAUT
 from vidgen_ray import weights
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.media import read_image
+from vidgen_ray.media.images import read_image
 from vidgen_ray.nets import faces
 from vidgen_ray.nets.faces import CenterFace, PackDetector, PackRecogniser, norm_crop, open_pack
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json

@@ -26,7 +26,8 @@ from tests.online.directors import LOCAL, SMALL, client_of, listening_on_a_port,
 from tests.online.test_api_videos import ended, error_of, made
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
-from vidgen_ray.media import Mp4Settings, image_size, read_image, verify_image
+from vidgen_ray.media.encode import Mp4Settings
+from vidgen_ray.media.images import image_size, read_image, verify_image
 from vidgen_ray.online import uploads
 from vidgen_ray.online.auth import KeyRecord, add_key, check_bind_host, hash_key, load_keys, new_key
 from vidgen_ray.online.job_service import plan_job

@@ -26,7 +26,7 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.workers import Workers
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
 from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot

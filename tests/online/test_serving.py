@@ -29,7 +29,7 @@ from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.store.jobs import JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.records import StepRecord
-from vidgen_ray.planner import this_machine
+from vidgen_ray.planner.cluster import this_machine
 from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights.ledger import WeightLicence

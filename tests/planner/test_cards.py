@@ -9,10 +9,22 @@ from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, durations
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Node, cluster, demand_of, parse_gpus, plan_run, profile_for, this_machine
-from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS
-from vidgen_ray.planner.cluster import CARDS, GB, TYPICAL, card_named, card_reported_as, typical_card
-from vidgen_ray.planner.demand import MAX_KINDS, Calibration, demand_seconds
+from vidgen_ray.planner import cluster
+from vidgen_ray.planner.choose_layout import DISK_GB_PER_S, FIRST_CALL_S, ROOM_GB, START_SECONDS, plan_run
+from vidgen_ray.planner.cluster import (
+    CARDS,
+    GB,
+    TYPICAL,
+    Cluster,
+    Node,
+    card_named,
+    card_reported_as,
+    parse_gpus,
+    profile_for,
+    this_machine,
+    typical_card,
+)
+from vidgen_ray.planner.demand import MAX_KINDS, Calibration, demand_of, demand_seconds
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.memory_table import weight_bytes

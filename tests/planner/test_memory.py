@@ -9,9 +9,10 @@ import pytest
 from benchmarks.trace_memory import TOLERANCE, differences, traces
 from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run, profile_for, swap_groups
-from vidgen_ray.planner.cluster import GB, OTHER_PROCESSES_GB
-from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params, fitting_sizes
+from vidgen_ray.planner.choose_layout import plan_run
+from vidgen_ray.planner.cluster import GB, OTHER_PROCESSES_GB, Cluster, Node, parse_gpus, profile_for
+from vidgen_ray.planner.demand import demand_of
+from vidgen_ray.planner.gpu_memory import MAX_SIZES, SizeCheck, actor_memory, fitting_params, fitting_sizes, swap_groups
 from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB, Actor, WorkerProcess
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot

@@ -14,27 +14,29 @@ from vidgen_ray.batch.line_planner import ScriptCounts
 from vidgen_ray.cli.plan import print_plan
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, relative_costs
-from vidgen_ray.planner import (
-    SHOTS_PER_SWAP,
-    Cluster,
+from vidgen_ray.planner import choose_layout
+from vidgen_ray.planner.choose_layout import cpus_needed, plan_run
+from vidgen_ray.planner.cluster import H100, Cluster, Node, parse_gpus, profile_for, this_machine
+from vidgen_ray.planner.demand import (
+    ENCODE_SECONDS,
+    ENCODING,
     Demand,
     Measurement,
-    Node,
     calibrations,
-    choose_layout,
-    cpus_needed,
     demand_of,
     load_calibration,
-    parse_gpus,
-    plan_run,
-    profile_for,
     save_calibration,
     save_measurements,
-    this_machine,
 )
-from vidgen_ray.planner.cluster import H100
-from vidgen_ray.planner.demand import ENCODE_SECONDS, ENCODING
-from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, GROUP_GB, PROCESS_HOST_GB, Slot, WorkerSpec
+from vidgen_ray.planner.layout import (
+    CONTEXT_GB,
+    GPU_PROCESS_HOST_GB,
+    GROUP_GB,
+    PROCESS_HOST_GB,
+    SHOTS_PER_SWAP,
+    Slot,
+    WorkerSpec,
+)
 from vidgen_ray.planner.solver import _PackingModel, more_slots
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot

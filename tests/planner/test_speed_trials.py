@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tests.fake_stages import with_actor
 from vidgen_ray.engine.trials import run_trials
-from vidgen_ray.planner import Cluster, Node, parse_gpus, profile_for, speed_trials
+from vidgen_ray.planner import speed_trials
+from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, profile_for
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, as_recorded, keep, open_trials, settled, try_option
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.flux import FluxLoRAStage

@@ -18,7 +18,9 @@ from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import MediaError, UsageError
 from vidgen_ray.graph import STAGES, stages_of
-from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, open_video, read_image, write_png
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import encode_png, read_image, write_png
 from vidgen_ray.media.media_file import read_xmp
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import ProvenanceSettings

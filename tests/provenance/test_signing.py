@@ -12,7 +12,9 @@ import pytest
 from tests.provenance.test_metadata import FRAMES, plan_of, write_shot
 from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, SetupError
-from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image, write_png
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import read_image, write_png
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, altered_record, read_provenance
 from vidgen_ray.provenance.signing import (

@@ -29,7 +29,8 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
-from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, read_image
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import encode_png, read_image
 from vidgen_ray.profile import Profile
 
 MODEL = "Lightricks/LTX-2"

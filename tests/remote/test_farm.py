@@ -18,7 +18,8 @@ import yaml
 from PIL import Image
 
 from tests.remote.fake_server import HEIGHT, WIDTH, FakeServer, colour_of, profile_of
-from vidgen_ray.media import open_video, write_png
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import write_png
 from vidgen_ray.outputs.manifest import read_manifest
 
 pytestmark = pytest.mark.very_slow

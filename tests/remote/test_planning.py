@@ -6,7 +6,9 @@ from tests.remote.fake_server import MODEL
 from vidgen_ray.batch.line_planner import ScriptCounts
 from vidgen_ray.cli.plan import _facts
 from vidgen_ray.errors import SetupError, TooExpensive
-from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan_run
+from vidgen_ray.planner.choose_layout import plan_run
+from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus
+from vidgen_ray.planner.demand import demand_of
 from vidgen_ray.planner.solver import more_slots
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot

@@ -20,7 +20,8 @@ from vidgen_ray.cli.doctor import check_servers
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import Cancelled, ProfileError, SetupError, StageError, VidgenError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.media import open_video, write_png
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import write_png
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import load_profile

@@ -12,7 +12,7 @@ from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import StageError, UsageError
-from vidgen_ray.media import read_image, write_png
+from vidgen_ray.media.images import read_image, write_png
 from vidgen_ray.nets.faces import norm_crop
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter

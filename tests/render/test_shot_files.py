@@ -8,7 +8,8 @@ import pytest
 
 from tests.fake_stages import plan_of
 from vidgen_ray.errors import MediaError, ScriptError
-from vidgen_ray.media import open_video, read_image
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.render.shot_files import ShotFiles, write_clip

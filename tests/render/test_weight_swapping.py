@@ -6,7 +6,7 @@ from unittest.mock import Mock
 from vidgen_ray import pipeline as pipeline_module
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import Cluster, Node
+from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.profile import load_profile
 from vidgen_ray.render.weights_on_gpu import WeightSwapper
 from vidgen_ray.shot import Shot

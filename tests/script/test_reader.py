@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.media import write_png
+from vidgen_ray.media.images import write_png
 from vidgen_ray.script import check as checks
 from vidgen_ray.script import read
 from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from tests.conftest import EXAMPLES
 from vidgen_ray.errors import SetupError
-from vidgen_ray.media import read_image
+from vidgen_ray.media.images import read_image
 from vidgen_ray.nets.faces import CenterFace, draw_keypoints, map_to_canvas
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Item

@@ -20,8 +20,9 @@ from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.planner import demand_of, speed_trials
+from vidgen_ray.planner import speed_trials
 from vidgen_ray.planner.choose_layout import compilations
+from vidgen_ray.planner.demand import demand_of
 from vidgen_ray.planner.speed_trials import Trial, try_option
 from vidgen_ray.stages import flux_model, identity, loading, speed
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8

@@ -45,17 +45,10 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, ids_that_failed_before
 from vidgen_ray.outputs.records import Failure, ShotRecord
-from vidgen_ray.planner import (
-    Cluster,
-    Demand,
-    Plan,
-    SizeCheck,
-    cpus_needed,
-    demand_of,
-    load_calibration,
-    plan_run,
-    this_machine,
-)
+from vidgen_ray.planner.choose_layout import Plan, cpus_needed, plan_run
+from vidgen_ray.planner.cluster import Cluster, this_machine
+from vidgen_ray.planner.demand import Demand, demand_of, load_calibration
+from vidgen_ray.planner.gpu_memory import SizeCheck
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.cache_writer import bytes_per_worker, cache_settings

@@ -32,7 +32,7 @@ from vidgen_ray.outputs.manifest import FinishedShots, id_is_taken
 from vidgen_ray.outputs.manifest_writer import script_name
 from vidgen_ray.outputs.new_seeds import Seeds, read_seeds, with_new_seed
 from vidgen_ray.outputs.records import Failure, ShotRecord
-from vidgen_ray.planner import Demand, demand_of
+from vidgen_ray.planner.demand import Demand, demand_of
 from vidgen_ray.planner.speed_trials import as_recorded
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker, with_cut_prompts

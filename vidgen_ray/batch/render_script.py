@@ -33,8 +33,18 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow, new_name
 from vidgen_ray.outputs.manifest_writer import FAILURES_FILE, script_name
 from vidgen_ray.outputs.run_log import RunLabels
-from vidgen_ray.planner import Cluster, Demand, Plan, calibrations, demand_of, peak_shares, save_calibration, this_machine
-from vidgen_ray.planner.demand import ENCODING, MIN_SHOTS, demand_seconds
+from vidgen_ray.planner.choose_layout import Plan
+from vidgen_ray.planner.cluster import Cluster, this_machine
+from vidgen_ray.planner.demand import (
+    ENCODING,
+    MIN_SHOTS,
+    Demand,
+    calibrations,
+    demand_of,
+    demand_seconds,
+    peak_shares,
+    save_calibration,
+)
 from vidgen_ray.planner.solver import encoders_needed
 from vidgen_ray.planner.speed_trials import open_trials, settled
 from vidgen_ray.profile import Profile

@@ -14,7 +14,7 @@ from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
 from vidgen_ray.errors import FrozenModel, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.planner import Cluster
+from vidgen_ray.planner.cluster import Cluster
 from vidgen_ray.profile import Profile, ProvenanceSettings
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.stages.base import Stage

@@ -31,9 +31,9 @@ from vidgen_ray.cli.options import ProfileOption, example
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, relative_costs, stages_of
-from vidgen_ray.media import cover_crop, read_image
-from vidgen_ray.planner import Measurement, peak_shares, profile_for, save_measurements, this_machine
-from vidgen_ray.planner.cluster import GB, GpuCard
+from vidgen_ray.media.images import cover_crop, read_image
+from vidgen_ray.planner.cluster import GB, GpuCard, profile_for, this_machine
+from vidgen_ray.planner.demand import Measurement, peak_shares, save_measurements
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, settled, try_option, try_options
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.render.oom_fallback import prepare_gpu

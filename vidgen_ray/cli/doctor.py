@@ -31,10 +31,12 @@ from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import ProfileOption
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
-from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
 from vidgen_ray.nets.faces import import_onnxruntime, open_session
-from vidgen_ray.planner import Cluster, demand_of, load_calibration, plan_run, profile_for, this_machine
-from vidgen_ray.planner.cluster import GB, GPU_DEVICES
+from vidgen_ray.planner.choose_layout import plan_run
+from vidgen_ray.planner.cluster import GB, GPU_DEVICES, Cluster, profile_for, this_machine
+from vidgen_ray.planner.demand import demand_of, load_calibration
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.stages.speed import missing_compiler
 from vidgen_ray.system.cache_dir import cache_dir

@@ -42,7 +42,7 @@ from vidgen_ray.outputs.reviews import MAX_NAME, clip_digest, read_reviews
 from vidgen_ray.outputs.run_log import LOGS, RunStatus, read_log, read_status
 from vidgen_ray.outputs.storage import Storage, no_results, storage_at
 from vidgen_ray.outputs.verify import VerifyReport, verify_outputs
-from vidgen_ray.planner import profile_for
+from vidgen_ray.planner.cluster import profile_for
 from vidgen_ray.system.console import Console, table_of
 from vidgen_ray.system.quantities import amount_text, count, duration, money, size
 

@@ -24,12 +24,12 @@ from vidgen_ray.cli.commands import note
 from vidgen_ray.cli.file_options import JsonOption, check_out
 from vidgen_ray.cli.options import ProfileOption
 from vidgen_ray.errors import MediaError, SetupError, UsageError
-from vidgen_ray.media import read_image
+from vidgen_ray.media.images import read_image
 from vidgen_ray.nets.faces import COLOURS
 from vidgen_ray.outputs.cleanup import RemovalReport, check_not_empty, photos_of_character, remove_person
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, manifest_files
-from vidgen_ray.planner import profile_for
+from vidgen_ray.planner.cluster import profile_for
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import FoundProvenance, read_provenance
 from vidgen_ray.provenance.shot_provenance import line_with_files

@@ -16,7 +16,7 @@ from vidgen_ray.cli.file_options import JsonOption
 from vidgen_ray.cli.options import STDIN, LineOptions, ProfileOption, example, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.licences import ShotLicences
-from vidgen_ray.planner import profile_for
+from vidgen_ray.planner.cluster import profile_for
 from vidgen_ray.profile import AUTO, Profile, builtin_profiles, is_builtin
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.script.formats import READERS

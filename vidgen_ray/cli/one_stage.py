@@ -31,10 +31,13 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import CLIP_SUFFIXES, FileMetadata, cover_crop, open_video, read_image, write_png
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import cover_crop, read_image, write_png
+from vidgen_ray.media.media_file import CLIP_SUFFIXES, FileMetadata
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.pipeline import VideoGenerationPipeline, process_video_file, progress_bar
-from vidgen_ray.planner import profile_for, swap_groups, this_machine
+from vidgen_ray.planner.cluster import profile_for, this_machine
+from vidgen_ray.planner.gpu_memory import swap_groups
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
 from vidgen_ray.provenance.signing import check_signing, sign_result

@@ -21,7 +21,7 @@ from vidgen_ray.errors import SetupError, UsageError, install_command, known_fie
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL, Storage
-from vidgen_ray.planner import Cluster, parse_gpus
+from vidgen_ray.planner.cluster import Cluster, parse_gpus
 from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.safety import DECLARED_BASES, parse_consent
 from vidgen_ray.script.check import file_errors

@@ -33,7 +33,9 @@ from vidgen_ray.cli.run_script import detected, keep_pandas_out, script_licences
 from vidgen_ray.graph import STAGE_BY_NAME, clip_length, file_sizes, server_problems
 from vidgen_ray.licences import UsedWeights, require_licence
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, load_calibration, plan_run, profile_for
+from vidgen_ray.planner.choose_layout import Plan, cpus_needed, plan_run
+from vidgen_ray.planner.cluster import Cluster, profile_for
+from vidgen_ray.planner.demand import Calibration, Demand, load_calibration
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 from vidgen_ray.planner.speed_trials import open_trials

@@ -62,7 +62,7 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FAILURES_FILE, failed_lines, to_utf8
 from vidgen_ray.outputs.storage import URL, no_results, storage_at
-from vidgen_ray.planner import Cluster, profile_for, this_machine
+from vidgen_ray.planner.cluster import Cluster, profile_for, this_machine
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.script.lines import Line, ScriptSettings

@@ -25,7 +25,9 @@ from vidgen_ray.cli.doctor import installed_versions
 from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption
 from vidgen_ray.cli.options import example
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
-from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import read_image
 from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile, load_profile

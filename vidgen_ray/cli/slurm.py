@@ -20,8 +20,7 @@ from vidgen_ray.cli.file_options import check_out, details_option
 from vidgen_ray.cli.options import ProfileOption
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.planner import Cluster, parse_gpus
-from vidgen_ray.planner.cluster import ASSUMED_CPUS_PER_GPU
+from vidgen_ray.planner.cluster import ASSUMED_CPUS_PER_GPU, Cluster, parse_gpus
 from vidgen_ray.profile import AUTO
 
 END_S = 60

@@ -14,7 +14,7 @@ from vidgen_ray.cli.options import LineOptions, ProfileOption, ScriptsArgument, 
 from vidgen_ray.content_keys import cut_texts, params_of
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.planner import profile_for
+from vidgen_ray.planner.cluster import profile_for
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.script.check import with_cut_prompts
 from vidgen_ray.script.lines import Line

@@ -39,7 +39,9 @@ from vidgen_ray.dataset.score_folder import (
 from vidgen_ray.dataset.scorers import WEIGHTS, Column, ScoreTable, reduced
 from vidgen_ray.dataset.tables import CAPTION, DIGEST
 from vidgen_ray.errors import Cancelled, OtherWeights, SetupError, TooExpensive, shortened_value
-from vidgen_ray.media import CLIP_SUFFIXES, open_foreign_video, read_image
+from vidgen_ray.media.decode import open_foreign_video
+from vidgen_ray.media.images import read_image
+from vidgen_ray.media.media_file import CLIP_SUFFIXES
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.remote.stages import RemoteImageStage, RemoteParams
 from vidgen_ray.remote.video_server import ServerFailed, VideoServers, WrongAnswer, auth_headers

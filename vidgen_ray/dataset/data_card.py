@@ -33,7 +33,8 @@ from vidgen_ray.dataset.scorers import WEIGHTS
 from vidgen_ray.dataset.tables import CAPTION, DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS_SCHEMA, columns_of, quoted
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
-from vidgen_ray.media import cover_crop, open_foreign_video, read_image
+from vidgen_ray.media.decode import open_foreign_video
+from vidgen_ray.media.images import cover_crop, read_image
 from vidgen_ray.outputs.manifest import LIKENESS_COLUMNS, SCHEMA, ManifestRow, opened, parquet_files
 from vidgen_ray.outputs.manifest_writer import SCRIPTS
 from vidgen_ray.outputs.new_seeds import SEEDS_FILE, read_seeds

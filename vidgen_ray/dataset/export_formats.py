@@ -28,8 +28,9 @@ from more_itertools import batched, constrained_batches
 
 from vidgen_ray.dataset.export_rows import ExportSettings, Format
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, open_foreign_video, read_image, write_png
-from vidgen_ray.media.images import image_size
+from vidgen_ray.media.decode import open_foreign_video
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import cover_crop, image_size, read_image, write_png
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full
 from vidgen_ray.provenance.record import metadata_of, read_provenance
 from vidgen_ray.system.cache_dir import sha256_of

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
 from vidgen_ray.outputs.manifest import SHOT_FILES
 from vidgen_ray.outputs.records import RECORD, SHARD, SHOTS

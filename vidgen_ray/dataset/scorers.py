@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from vidgen_ray.dataset.tables import CAPTION, DIGEST
 from vidgen_ray.errors import MediaError, SetupError, StageError, UsageError
-from vidgen_ray.media import CLIP_SUFFIXES, open_foreign_video, read_image
+from vidgen_ray.media.decode import open_foreign_video
+from vidgen_ray.media.images import read_image
+from vidgen_ray.media.media_file import CLIP_SUFFIXES
 from vidgen_ray.nets.rife_network import FramePair, Rife, load_rife
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import RECORD

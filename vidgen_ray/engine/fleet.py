@@ -38,8 +38,8 @@ from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster, within
 from vidgen_ray.engine.ray_internals import actor_table, dashboard_url
 from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
-from vidgen_ray.planner import Cluster, Plan
-from vidgen_ray.planner.cluster import Label
+from vidgen_ray.planner.choose_layout import Plan
+from vidgen_ray.planner.cluster import Cluster, Label
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec, complete_set
 from vidgen_ray.planner.solver import ENCODER_CPUS, more_slots
 from vidgen_ray.system.files import ProcessId, this_process

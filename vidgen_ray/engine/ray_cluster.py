@@ -38,8 +38,8 @@ from vidgen_ray.engine.ray_internals import (
     only_needed_services,
 )
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.planner import Cluster, Node, Plan
-from vidgen_ray.planner.cluster import GB, Label
+from vidgen_ray.planner.choose_layout import Plan
+from vidgen_ray.planner.cluster import GB, Cluster, Label, Node
 from vidgen_ray.system.threads import in_daemon_thread
 from vidgen_ray.weights.download import Hub, PullResult, pull_all
 

@@ -16,7 +16,7 @@ from vidgen_ray.film.picture import OpenFile
 from vidgen_ray.film.pieces import PlannedPiece, content_key, piece_key, render_pieces
 from vidgen_ray.film.sound import Tracks, write_stem
 from vidgen_ray.film.timeline import SAMPLE_RATE, FilmTimeline, Piece, TimelineItem
-from vidgen_ray.media import FileMetadata
+from vidgen_ray.media.media_file import FileMetadata
 from vidgen_ray.system.files import write_atomically
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

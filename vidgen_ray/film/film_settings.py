@@ -24,7 +24,7 @@ from vidgen_ray.errors import (
     shortened_value,
 )
 from vidgen_ray.limits import MAX_PIXELS
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.records import HD_FILE, IMAGE_FILE, VIDEO_FILE

@@ -16,7 +16,7 @@ from vidgen_ray.film.picture import check_texts
 from vidgen_ray.film.pieces import content_key, keep_only, plan_pieces, render_pieces, write_film
 from vidgen_ray.film.sound import plan_tracks, sound_key, speaker, write_sound
 from vidgen_ray.film.timeline import FilmTimeline, build_timeline, probe_clip, sound_seconds
-from vidgen_ray.media import Mp4Settings
+from vidgen_ray.media.encode import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder, setting_of_last_run
 from vidgen_ray.profile import DEFAULT_PROVENANCE, Detail, ProvenanceSettings
 from vidgen_ray.provenance.record import FoundProvenance, InputFile, joined_record, metadata_of

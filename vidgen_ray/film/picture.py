@@ -21,9 +21,9 @@ from PIL import ImageDraw, ImageFont
 from vidgen_ray.errors import MediaError, UsageError
 from vidgen_ray.film.film_settings import FilmSettings, PixelSize
 from vidgen_ray.film.timeline import FilmTimeline, Piece, TimelineItem
-from vidgen_ray.media import read_image
 from vidgen_ray.media.decode import open_video_stream
 from vidgen_ray.media.filters import BT709, UNSPECIFIED, add_chain, filtered
+from vidgen_ray.media.images import read_image
 from vidgen_ray.media.media_file import load_font, missing_letter, wrap_errors
 from vidgen_ray.stages.base import Image
 

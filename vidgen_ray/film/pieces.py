@@ -21,7 +21,7 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile, burnt_caption, piece_frames
 from vidgen_ray.film.timeline import REORDER_FRAMES, FilmTimeline, Piece, TimelineItem, probe_clip
-from vidgen_ray.media import Mp4Settings, Mp4Writer
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
 from vidgen_ray.media.media_file import COMMENT_TAG, FileMetadata, append_xmp, open_media, wrap_errors
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import PREFIX, abandoned, new_file, remove, temporary_file

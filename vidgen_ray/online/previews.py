@@ -15,7 +15,8 @@ from PIL import Image as PILImage
 
 from vidgen_ray.errors import MediaError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
-from vidgen_ray.media import cover_crop, open_video, read_image
+from vidgen_ray.media.decode import open_video
+from vidgen_ray.media.images import cover_crop, read_image
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job

@@ -22,7 +22,7 @@ from vidgen_ray.cli.run_script import stoppable
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.server_settings import OnlineSettings, read_settings_file
-from vidgen_ray.planner import profile_for, this_machine
+from vidgen_ray.planner.cluster import profile_for, this_machine
 from vidgen_ray.stages.base import Stage
 
 if TYPE_CHECKING:

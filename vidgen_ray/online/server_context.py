@@ -9,7 +9,7 @@ from functools import cached_property
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import file_sizes
-from vidgen_ray.media import read_image
+from vidgen_ray.media.images import read_image
 from vidgen_ray.online.api_error import ApiError, invalid, without_internals
 from vidgen_ray.online.auth import Authenticator, Tenant
 from vidgen_ray.online.delivered_size import SizeRules, delivered_artefact

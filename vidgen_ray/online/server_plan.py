@@ -17,8 +17,9 @@ from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_require
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan_run, profile_for
-from vidgen_ray.planner.cluster import Label
+from vidgen_ray.planner.choose_layout import Plan, cpus_needed, plan_run
+from vidgen_ray.planner.cluster import Cluster, Label, parse_gpus, profile_for
+from vidgen_ray.planner.demand import load_calibration
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.render.cache_writer import CacheSettings

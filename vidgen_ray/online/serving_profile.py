@@ -27,8 +27,8 @@ from vidgen_ray.graph import (
     stages_of,
 )
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence, stages_breaking
-from vidgen_ray.planner import Demand, SizeCheck, demand_of
-from vidgen_ray.planner.demand import encode_seconds_per_mpx, seconds_of
+from vidgen_ray.planner.demand import Demand, demand_of, encode_seconds_per_mpx, seconds_of
+from vidgen_ray.planner.gpu_memory import SizeCheck
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams

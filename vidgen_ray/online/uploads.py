@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES, URLENCODED_BYTES
-from vidgen_ray.media import read_image, verify_image
+from vidgen_ray.media.images import read_image, verify_image
 from vidgen_ray.online import announced_bytes
 from vidgen_ray.online.api_error import ApiError, error_response, invalid, too_many_requests
 from vidgen_ray.online.auth import Tenant

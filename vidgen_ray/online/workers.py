@@ -22,8 +22,8 @@ from vidgen_ray.engine.fleet import Fleet, FleetListener, labels_of, placed_more
 from vidgen_ray.engine.ray_cluster import LiveCluster, live_cluster
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.planner import Cluster, Plan
-from vidgen_ray.planner.cluster import Label
+from vidgen_ray.planner.choose_layout import Plan
+from vidgen_ray.planner.cluster import Cluster, Label
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 log = logging.getLogger("ray.serve")

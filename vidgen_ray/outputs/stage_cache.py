@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from vidgen_ray import media
 from vidgen_ray.errors import MediaError, WriteError
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
@@ -111,8 +110,12 @@ def entry_path(key: str) -> str:
 
 
 def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
+    # Imported here: most commands read no pixels.
+    from vidgen_ray.media.encode import encode_lossless
+    from vidgen_ray.media.images import write_png
+
     if "image" in artefacts:
-        media.write_png(folder / "image.png", artefacts["image"])
+        write_png(folder / "image.png", artefacts["image"])
     if "face" in artefacts:
         (folder / "face.json").write_text(face_to_json(artefacts["face"]))
     if "image_likeness" in artefacts:
@@ -120,7 +123,7 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
     if "clip_likeness" in artefacts:
         (folder / "clip_likeness.json").write_text(likeness_to_json(artefacts["clip_likeness"]))
     if "frames" in artefacts:
-        media.encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
+        encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
 
 
 def _identity(folder: Path, key: str) -> str:
@@ -137,9 +140,12 @@ def _read_entry(folder: Path, key: str) -> Artefacts:
 
 
 def _read_artefacts(folder: Path) -> Artefacts:
+    from vidgen_ray.media.decode import decode_lossless
+    from vidgen_ray.media.images import read_image
+
     out: Artefacts = {}
     if (file := folder / "image.png").exists():
-        out["image"] = media.read_image(file)
+        out["image"] = read_image(file)
     if (file := folder / "face.json").exists():
         out["face"] = face_from_json(file.read_text())
     if (file := folder / "image_likeness.json").exists():
@@ -147,7 +153,7 @@ def _read_artefacts(folder: Path) -> Artefacts:
     if (file := folder / "clip_likeness.json").exists():
         out["clip_likeness"] = likeness_from_json(file.read_text())
     if (file := folder / "frames.mkv").exists():
-        out["frames"] = media.decode_lossless(file)
+        out["frames"] = decode_lossless(file)
     return out
 
 

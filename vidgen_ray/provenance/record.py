@@ -20,8 +20,7 @@ from PIL import Image as PILImage
 from pydantic import ValidationError
 
 from vidgen_ray.errors import FrozenModel, MediaError
-from vidgen_ray.media import FileMetadata
-from vidgen_ray.media.media_file import load_font, missing_letter, read_xmp
+from vidgen_ray.media.media_file import FileMetadata, load_font, missing_letter, read_xmp
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.stages.base import Frames
 from vidgen_ray.version import __version__

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator
 
-from vidgen_ray import media
 from vidgen_ray.errors import MediaError, StageError, shortened_value
 from vidgen_ray.limits import MAX_FRAMES
 from vidgen_ray.remote.video_server import (
@@ -202,6 +201,8 @@ class RemoteImageStage(_RemoteStage):
         return 1.0
 
     def run(self, item: Item) -> Artefacts:
+        from vidgen_ray.media.images import read_image
+
         body = {**self.request_fields(item.shot), "prompt": item.shot.prompt, "n": 1, "response_format": "b64_json"}
         key = item.key or _digest(json.dumps(body, sort_keys=True).encode())
         # RGB with alpha, in base64.
@@ -210,7 +211,7 @@ class RemoteImageStage(_RemoteStage):
             with tempfile.NamedTemporaryFile(prefix="vidgen-", suffix=".png") as file:
                 file.write(base64.b64decode(content, validate=True))
                 file.flush()
-                return {"image": media.read_image(Path(file.name))}
+                return {"image": read_image(Path(file.name))}
         except (ValueError, MediaError):
             raise ServerFailed(f"{self.params.servers[0]}: answered with no image in `b64_json`") from None
 
@@ -258,6 +259,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         return shot.clip_frames / shot.fps
 
     def generate(self, item: Item) -> Frames:
+        from vidgen_ray.media.images import encode_png
+
         shot = item.shot
         fields = {
             **self.request_fields(shot),
@@ -267,7 +270,7 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         }
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
         image = item.image if self.params.send_image else None
-        png = None if image is None else media.encode_png(image)
+        png = None if image is None else encode_png(image)
         key = item.key or _digest(json.dumps(form, sort_keys=True).encode() + (png or b""))
         if image is not None:
             self._remember(self._starts, key, _thumbnail(image))
@@ -332,11 +335,13 @@ def _check_size(params: RemoteParams, shot: Shot) -> None:
 
 def _decoded(content: bytes, shot: Shot) -> Frames:
     """Return the frames (num_frames, height, width, 3) of a clip. Raises WrongAnswer for one that is not as requested."""
+    from vidgen_ray.media.decode import open_foreign_video
+
     with tempfile.NamedTemporaryFile(prefix="vidgen-", suffix=".mp4") as file:
         file.write(content)
         file.flush()
         try:
-            with media.open_foreign_video(Path(file.name), own_process=True) as video:
+            with open_foreign_video(Path(file.name), own_process=True) as video:
                 got = (video.frame_count, video.width, video.height, round(float(video.fps), 2))
                 if got == (shot.num_frames, shot.width, shot.height, shot.fps):
                     return video.frames(0, video.frame_count)

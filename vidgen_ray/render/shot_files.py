@@ -13,7 +13,9 @@ from pathlib import Path
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
-from vidgen_ray.media import FileMetadata, Mp4Settings, Mp4Writer, centre_crop, write_png
+from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
+from vidgen_ray.media.images import centre_crop, write_png
+from vidgen_ray.media.media_file import FileMetadata
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE, LikenessRecord, ProvenanceNote, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json

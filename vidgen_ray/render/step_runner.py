@@ -16,7 +16,7 @@ import numpy as np
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.errors import Cancelled, StageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
-from vidgen_ray.media import cover_crop, read_image
+from vidgen_ray.media.images import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.cache_writer import CacheWriter

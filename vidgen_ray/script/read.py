@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from vidgen_ray import media
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
 from vidgen_ray.nets.weight_files import FLUX, check_lora_file, check_lora_width
 from vidgen_ray.profile import Profile
@@ -82,11 +81,14 @@ def _size_error(path: str, version: FileVersion | None, weights: str) -> VidgenE
 
 @lru_cache(CACHED_FILES)
 def _image_error(path: str, version: FileVersion | None, decode: bool) -> VidgenError | None:
+    # Imported here: scripts without images need no pixels.
+    from vidgen_ray.media.images import image_size, read_image
+
     try:
         if decode:
-            media.read_image(Path(path))
+            read_image(Path(path))
         else:
-            media.image_size(Path(path))
+            image_size(Path(path))
     except MediaError as error:
         return error
     return None

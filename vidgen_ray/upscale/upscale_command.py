@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from vidgen_ray.cli.commands import interruptible, note, remembered_interrupt, with_options
 from vidgen_ray.cli.file_options import JsonOption, MarkOptions, check_out, details_option
 from vidgen_ray.errors import NOT_A_URL, StageError, UsageError, VidgenError
-from vidgen_ray.media import CLIP_SUFFIXES
 from vidgen_ray.media.encode import Preset
+from vidgen_ray.media.media_file import CLIP_SUFFIXES
 from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE

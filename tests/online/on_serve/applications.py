@@ -17,7 +17,7 @@ from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import plan_run
+from vidgen_ray.planner.choose_layout import plan_run
 from vidgen_ray.render.cache_writer import CacheSettings
 from vidgen_ray.shot import Shot
 

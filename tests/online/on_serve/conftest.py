@@ -16,7 +16,7 @@ from vidgen_ray.online.server_plan import APP, server_plan
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import this_machine
+from vidgen_ray.planner.cluster import this_machine
 
 KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy")}
 ACTORS = ("instantid", "flux", "hunyuan", "svd", "realesrgan")

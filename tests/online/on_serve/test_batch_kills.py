@@ -21,7 +21,7 @@ from vidgen_ray.online.server import serving
 from vidgen_ray.online.server_plan import server_plan
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import parse_gpus, this_machine
+from vidgen_ray.planner.cluster import parse_gpus, this_machine
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import ScriptSettings
 

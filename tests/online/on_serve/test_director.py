@@ -20,7 +20,7 @@ from vidgen_ray.online.server_plan import DIRECTOR, WORKERS
 from vidgen_ray.online.store.jobs import FINAL, JobState, new_id
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.planner import parse_gpus, this_machine
+from vidgen_ray.planner.cluster import parse_gpus, this_machine
 from vidgen_ray.system.cache_dir import sha256_of
 
 pytestmark = pytest.mark.timeout(600)

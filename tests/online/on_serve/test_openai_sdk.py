@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.online.on_serve.conftest import KEYS
-from vidgen_ray.media import open_video
+from vidgen_ray.media.decode import open_video
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.timeout(600)]
 

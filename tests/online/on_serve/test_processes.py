@@ -28,7 +28,7 @@ from vidgen_ray.online.server_plan import parts_of, server_plan
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
-from vidgen_ray.planner import this_machine
+from vidgen_ray.planner.cluster import this_machine
 
 pytestmark = pytest.mark.timeout(600)
 

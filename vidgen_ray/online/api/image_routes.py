@@ -21,7 +21,7 @@ from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.media import encode_png
+from vidgen_ray.media.images import encode_png
 from vidgen_ray.online.api.openapi import EVENT_STREAM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateImages, EditImages
 from vidgen_ray.online.api.responses import (

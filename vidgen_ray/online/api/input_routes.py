@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.limits import FORM_TEXT_BYTES
-from vidgen_ray.media import encode_png
 from vidgen_ray.media.decode import sample_frames
+from vidgen_ray.media.images import encode_png
 from vidgen_ray.online.api.content_routes import StoredFileResponse
 from vidgen_ray.online.api.openapi import FORM, ServerDep, TenantDep, error_responses, request_body
 from vidgen_ray.online.api.requests import CreateCharacter, CreateFile

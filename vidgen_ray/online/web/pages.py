@@ -24,7 +24,7 @@ from zipstream import ZipStream
 from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes, stages_of
 from vidgen_ray.limits import MAX_RESULTS
-from vidgen_ray.media import image_size
+from vidgen_ray.media.images import image_size
 from vidgen_ray.online.api_error import ApiError, found
 from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, Tenant, is_https, is_same_origin
 from vidgen_ray.online.delivered_size import SCALES, delivered_artefact_of
