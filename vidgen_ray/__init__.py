@@ -1,9 +1,9 @@
 """Batch and online video generation on Ray, with one recognisable person across every clip."""
 
 import os
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.system.lazy_names import lazy_names
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
@@ -18,17 +18,20 @@ __all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__", "
 # It reads this once, at its first use in a process.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-# Imported lazily: `vidgen validate` needs no torch.
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "GeneratedVideo": "pipeline",
-        "Shot": "shot",
-        "VideoGenerationPipeline": "pipeline",
-        "build_processor": "data",
-        "read_manifest": "outputs.manifest",
-    },
-)
+_MODULES = {
+    "GeneratedVideo": "pipeline",
+    "Shot": "shot",
+    "VideoGenerationPipeline": "pipeline",
+    "build_processor": "data",
+    "read_manifest": "outputs.manifest",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported lazily: `vidgen validate` needs no torch.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"vidgen_ray.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
