@@ -7,13 +7,13 @@ import hashlib
 import json
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
+from cachetools import FIFOCache
 from pydantic import Field, JsonValue, field_validator
 
 from vidgen_ray.errors import MediaError, StageError, shortened_value
@@ -232,9 +232,9 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
     def __init__(self, params: RemoteParams) -> None:
         super().__init__(params)
         self._lock = threading.Lock()
-        self._starts: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._starts: FIFOCache[str, NDArray[np.float32]] = FIFOCache(REMEMBERED)
         """Key of a job -> thumbnail of its start image."""
-        self._clips: OrderedDict[str, str] = OrderedDict()
+        self._clips: FIFOCache[str, str] = FIFOCache(REMEMBERED)
         """Digest of a clip -> key of its job."""
         self._doubtful: dict[str, str] = {}
         """Key of a job -> digest of its clip, which does not begin with the start image. It counts if it comes again."""
@@ -273,7 +273,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
         png = None if image is None else encode_png(image)
         key = item.key or _digest(json.dumps(form, sort_keys=True).encode() + (png or b""))
         if image is not None:
-            self._remember(self._starts, key, _thumbnail(image))
+            with self._lock:
+                self._starts[key] = _thumbnail(image)
         max_bytes = shot.num_frames * shot.width * shot.height * 3 + _SPARE_BYTES
         frames, submits = self.servers.clip(key, form, png, self.jobs, partial(self._checked, key, shot), max_bytes)
         if submits > 1:
@@ -302,14 +303,8 @@ class RemoteVideoStage(_RemoteStage, VideoStage[RemoteParams]):
                 if doubtful:
                     self._doubtful[key] = digest
                     raise WrongAnswer("the clip does not begin with its start image")
-        self._remember(self._clips, digest, key)
+            self._clips[digest] = key
         return frames
-
-    def _remember(self, among: OrderedDict[str, Any], name: str, value: Any) -> None:
-        with self._lock:
-            among[name] = value
-            if len(among) > REMEMBERED:
-                among.popitem(last=False)
 
 
 def _is_url(value: object) -> bool:
