@@ -64,31 +64,21 @@ def test_named_repository_paths_and_tests_exist():
     assert missing == []
 
 
-def test_named_commands_and_options_exist():
+def test_named_commands_have_these_options_and_those_in_blocks_of_code_can_be_parsed():
     vidgen = typer.main.get_command(app)
     for page, text in TEXTS.items():
-        for line in re.findall(r"(?:^|`)(vidgen [^`\n]*)", text, re.MULTILINE):
-            if not (words := shlex.split(line, comments=True)[1:]) or words[0].startswith("-"):
-                continue
-            command = vidgen.get_command(None, words[0])
-            if hasattr(command, "commands") and len(words) > 1:
-                command = command.commands[words[1]]
-            accepted = {option for parameter in command.params for option in parameter.opts}
-            options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
-            assert options <= accepted, (page, line)
-
-
-def test_commands_in_blocks_of_code_can_be_parsed():
-    vidgen = typer.main.get_command(app)
-    for page, text in TEXTS.items():
-        for line in re.findall(r"^(vidgen \w[^`\n]*)", text, re.MULTILINE):
+        for inline, line in re.findall(r"(^|`)(vidgen [^`\n]*)", text, re.MULTILINE):
             words = shlex.split(line, comments=True)[1:]
+            if not words or words[0].startswith("-"):
+                continue
             words = words[: words.index(">")] if ">" in words else words
             command = vidgen.get_command(None, words.pop(0))
-            if hasattr(command, "commands"):
+            if hasattr(command, "commands") and words:
                 command = command.commands[words.pop(0)]
+            accepted = {option for parameter in command.params for option in parameter.opts}
+            assert {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)} <= accepted, (page, line)
             try:
-                command.make_context(line, words)
+                inline or command.make_context(line, words)
             except Exception as error:
                 pytest.fail(f"{page.name}: {line}: {error}")
 

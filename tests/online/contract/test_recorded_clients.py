@@ -67,18 +67,6 @@ def comfyui_video(**changes: str) -> dict:
     return {**fields, "negative_prompt": "blur", **COMFYUI_SAMPLING, **changes}
 
 
-def test_comfyui_text_to_video(client):
-    """The node checks the model list, creates, polls until completed or failed, downloads and deletes."""
-    assert "tiny" in [model["id"] for model in client.get("/v1/models").json()["data"]]
-    created = client.post("/v1/videos", files=form(**comfyui_video()))
-    assert created.status_code == 200, created.text
-    video = ended(client, created.json()["id"])
-    assert (video["status"], video["size"], video["fps"], video["num_frames"]) == ("completed", "854x480", 16, 3)
-    content = client.get(f"/v1/videos/{video['id']}/content")
-    assert size_of(content.content) == (854, 480)
-    assert client.delete(f"/v1/videos/{video['id']}").json()["deleted"]
-
-
 def test_comfyui_image_to_video_with_a_lora_and_photos(client, held):
     lora = json.dumps({"name": "ink", "path": "/weights/ink", "scale": 0.7, "int_id": 3})
     files = {**form(**comfyui_video(lora=lora, seed="42")), "input_reference": ("image.png", PHOTO, "image/png")}

@@ -69,15 +69,6 @@ class TestRealStages:
         assert (again.state, again.shot_id, again.stage_seconds) == (JobState.COMPLETED, job.shot_id, {})
         assert [file.stat().st_mtime_ns for file in before] == written
 
-    def test_cancel_stops_denoising_and_keeps_the_weights_usable(self, real):
-        job_id = real.accept(prompt="long", generate_video=False, steps={"flux": 200})
-        real.wait_until(job_id, lambda job: job.step > 0)
-        real.cancel(job_id)
-        ended = real.wait_for_end(job_id)
-        assert (ended.state, ended.error) == (JobState.CANCELLED, None)
-        assert ended.step < 200
-        assert real.wait_for_end(real.accept(prompt="next", generate_video=False)).state == JobState.COMPLETED
-
 
 class TestScriptedStages:
     def test_progress_follows_the_steps_until_a_cancel_stops_the_job(self, scripted, pipe):
@@ -97,16 +88,6 @@ class TestScriptedStages:
         job = scripted.wait_for_end(scripted.accept(key="0" * 64, **IMAGE_ONLY))
         assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "not_served", None)
         assert job.error.message.endswith("another profile than when the job was created; create it again")
-
-    def test_two_jobs_for_the_same_shot_render_it_once(self, scripted, pipe):
-        fields = {"prompt": f"steps 2 pause at 1 {pipe}", **IMAGE_ONLY}
-        first, second = scripted.accept(**fields), scripted.accept(**fields)
-        for job_id in (first, second):
-            scripted.wait_until(job_id, lambda job: job.state == JobState.IN_PROGRESS)
-        with pipes_open(pipe):
-            ended = [scripted.wait_for_end(job_id) for job_id in (first, second)]
-        assert [job.state for job in ended] == [JobState.COMPLETED] * 2
-        assert steps_run(pipe) == [1, 2]
 
     def test_crash_is_retried_and_a_failed_job_names_the_stage(self, scripted, tmp_path):
         prompts = (f"crash once {tmp_path / 'marker'}", "raise", "good")
