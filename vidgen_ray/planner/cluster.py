@@ -247,14 +247,10 @@ class Cluster:
         counts: Counter[tuple[float, str]] = Counter()
         for node in self.nodes:
             for memory_gb in node.gpus:
-                size = _nominal_gb(memory_gb)
+                # torch and the driver report less than a card's nominal memory.
+                size = next((float(gb) for gb in NOMINAL_GB if 11 / 12 * gb <= memory_gb <= gb), round(memory_gb, 1))
                 counts[size, node.card.name if node.card else f"{size:g} GB"] += 1
         return [(name, count) for (_, name), count in sorted(counts.items(), reverse=True)]
-
-
-def _nominal_gb(memory_gb: float) -> float:
-    """Return the nominal memory of a GPU for the memory reported by torch or the driver."""
-    return next((float(gb) for gb in NOMINAL_GB if 11 / 12 * gb <= memory_gb <= gb), round(memory_gb, 1))
 
 
 def parse_gpus(text: str) -> Cluster:

@@ -95,9 +95,6 @@ def length_text(seconds: float) -> str:
 def place_in_script(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a key that sorts manifest rows by script, line and place in its matrix. Their metadata is a mapping."""
     number = row["metadata"].get(MATRIX_NUMBER)
-    return row["script"], row["line"] or 0, number if isinstance(number, int) else 0, _natural(row["id"])
-
-
-def _natural(text: str) -> list[tuple[bool, float, str]]:
-    """Return a key that sorts numbers in texts by their value."""
-    return [(part.isdecimal(), float(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
+    # Numbers in ids are sorted by their value.
+    parts = [(part.isdecimal(), float(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", row["id"])]
+    return row["script"], row["line"] or 0, number if isinstance(number, int) else 0, parts

@@ -146,7 +146,11 @@ class LineChecker:
         line.source, line.script, line.script_line = self.source, self.script or self.source, line.number
         if line.errors:
             return line
-        own = {name: _whole_number(name, value) for name, value in line.fields.items()}
+        # 24.0 is 24 in a field of integers: pandas and JavaScript write it so.
+        own = {
+            name: int(value) if name in INTEGER_FIELDS and isinstance(value, float) and value.is_integer() else value
+            for name, value in line.fields.items()
+        }
         if (deep := next((name for name, value in own.items() if is_deep(value)), None)) is not None:
             # The value stays out of all that follows: neither its repr nor its JSON can be relied on.
             line.fields = {"unreadable": shortened_value(deep)}
@@ -381,11 +385,6 @@ class LineChecker:
         else:
             _check_bytes(line, field, lora.path, size, MAX_LORA_BYTES)
         return lora.model_copy(update={"path": absolute})
-
-
-def _whole_number(name: str, value: Any) -> Any:
-    """Return 24 for 24.0 in a field of integers, as pandas and JavaScript write them."""
-    return int(value) if isinstance(value, float) and name in INTEGER_FIELDS and value.is_integer() else value
 
 
 def _holds_images(value: Any) -> bool:
