@@ -68,6 +68,8 @@ class Loop(asyncio.AbstractEventLoop):
         self.ready.append(handle := Handle(callback, args, context or copy_context()))
         return handle
 
+    call_soon_threadsafe = call_soon
+
     def call_at(self, when, callback, *args, context=None):
         handle = Handle(callback, args, context or copy_context())
         heappush(self.scheduled, (when, next(self._numbers), handle))

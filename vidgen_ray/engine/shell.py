@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,6 +213,7 @@ class Shell:
         self._timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         """Set, and replaced, when a row has left the table."""
+        self._loop = asyncio.get_running_loop()
         self._is_closed = False
         self._is_checked = bool(os.environ.get(CHECK_ENGINE))
         self._do: dict[type[Any], Callable[[Any], None]] = {
@@ -347,8 +349,7 @@ class Shell:
         if isinstance(what, WorkerCall):
             method = getattr(handle.actor, what.method).options(num_returns=what.n_results)
             *outputs, result = method.remote(self.first_call + command.number, what.plan, *what.args)
-            returned = invocation.task = asyncio.wrap_future(result.future())
-            returned.add_done_callback(partial(self._returned, invocation, tuple(outputs)))
+            result.future().add_done_callback(partial(self._on_result, invocation, tuple(outputs)))
             if asked is not None and asked.on_progress is not None:
                 invocation.following = asyncio.ensure_future(self._follow(invocation, asked.on_progress))
         else:
@@ -368,11 +369,13 @@ class Shell:
                     last = progress
                     on_progress(progress)
 
-    def _returned(self, invocation: _Invocation, outputs: tuple[Any, ...], returned: asyncio.Future[CallResult]) -> None:
-        """A call to a worker has ended."""
+    def _on_result(self, *ended: Any) -> None:
+        """A call to a worker has ended. Runs in a thread of Ray."""
+        if not self._is_closed:
+            self._loop.call_soon_threadsafe(self._returned, *ended)
+
+    def _returned(self, invocation: _Invocation, outputs: tuple[Any, ...], returned: Future[CallResult]) -> None:
         invocation.handle.sent.pop(invocation.number, None)
-        if returned.cancelled():
-            return
         if (error := returned.exception()) is not None:
             self.call_raised(invocation, error)
             return
