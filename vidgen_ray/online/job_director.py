@@ -114,6 +114,8 @@ class JobDirector:
         self._spent: dict[str, float] = {}
         """GPU-seconds of running jobs, of all claims."""
         self._ends: dict[str, End] = {}
+        # The same thread each time: what it uses stays in the caches of a core.
+        self._writer = ThreadPoolExecutor(1, "write")
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
         self._draining = False
@@ -264,7 +266,8 @@ class JobDirector:
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(0.0, next_full - time.monotonic()))
+                async with asyncio.timeout(next_full - time.monotonic()):
+                    await self._woken.wait()
 
     async def _exchange(self, is_full: bool) -> None:
         """Store the ends of jobs, claim new ones and stop cancelled ones, as far as there is something to do.
@@ -283,7 +286,8 @@ class JobDirector:
         self._may_be_cancelled = False
         self._may_be_queued &= not limit
         try:
-            results, stopped, jobs, over = await asyncio.to_thread(self._write, ends, held, updates, is_full, limit)
+            written = asyncio.get_running_loop().run_in_executor(self._writer, self._write, ends, held, updates, is_full, limit)
+            results, stopped, jobs, over = await written
         except Exception as error:
             self._may_be_queued = self._may_be_cancelled = True
             for _, stored in ends.values():

@@ -447,6 +447,7 @@ def _engine(url: str, durable: bool) -> Engine:
                 pool_size=POOL_SIZE // 4,
                 max_overflow=POOL_SIZE - POOL_SIZE // 4,
                 pool_timeout=BUSY_TIMEOUT_S,
+                pool_use_lifo=True,
             )
         except ModuleNotFoundError:
             raise SetupError(f"database: PostgreSQL needs {install_command('postgres')}") from None
@@ -455,7 +456,14 @@ def _engine(url: str, durable: bool) -> Engine:
             "database: must be an SQLite file, sqlite:///FILE, or PostgreSQL, postgresql://USER:PASSWORD@HOST/NAME"
         )
     _make_private(parsed.database)
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=POOL_SIZE, pool_timeout=BUSY_TIMEOUT_S)
+    engine = create_engine(
+        parsed,
+        connect_args={"timeout": BUSY_TIMEOUT_S},
+        pool_size=POOL_SIZE,
+        pool_timeout=BUSY_TIMEOUT_S,
+        # The connection that was used last has its statements and pages in memory.
+        pool_use_lifo=True,
+    )
     event.listen(engine, "connect", partial(_set_up_sqlite, "FULL" if durable else "NORMAL"))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
