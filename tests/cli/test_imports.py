@@ -17,31 +17,9 @@ from vidgen_ray.cli.app import LISTED, app
 ROOT = Path(__file__).parents[2]
 HEAVY = {
     *("PIL", "accelerate", "av", "cv2", "diffusers", "duckdb", "fastapi", "httpx2", "more_itertools", "numpy", "obstore"),
-    *(
-        "onnxruntime",
-        "pandas",
-        "pyarrow",
-        "pydantic",
-        "ray",
-        "rich",
-        "scipy",
-        "spandrel",
-        "sqlalchemy",
-        "starlette",
-        "torch",
-        "torch._dynamo",
-        "torchvision",
-    ),
-    *(
-        "ray.serve",
-        "transformers",
-        "typer",
-        "vidgen_ray.batch",
-        "vidgen_ray.cli.options",
-        "vidgen_ray.graph",
-        "vidgen_ray.online",
-    ),
-    *("vidgen_ray.provenance", "vidgen_ray.remote", "yaml"),
+    *("onnxruntime", "pandas", "pyarrow", "pydantic", "ray", "ray.serve", "rich", "scipy", "spandrel", "sqlalchemy"),
+    *("starlette", "torch", "torch._dynamo", "torchvision", "transformers", "typer", "vidgen_ray.batch"),
+    *("vidgen_ray.cli.options", "vidgen_ray.graph", "vidgen_ray.online", "vidgen_ray.provenance", "vidgen_ray.remote", "yaml"),
 }
 """Packages and modules of which a command imports those in its list below only."""
 HELP = {"typer", "rich"}

@@ -130,18 +130,11 @@ def test_errors_are_reported_to_the_assistant(mcp, server, mcp_server, tmp_path,
 
     calls = [
         ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}, "num_frames: got 1"),
-        ("create_video", {"prompt": "a man", "input_reference": "gone.png"}, "gone.png"),
         (
             "create_video",
             {"prompt": "a man", "fields": {"image_reference": "/dev/zero"}},
             "/dev/zero: not sent, must be a regular file",
         ),
-        (
-            "create_character",
-            {"name": "Me", "photos": ["/proc/self/environ"]},
-            "/proc/self/environ: not sent, must be an image",
-        ),
-        ("download", {"video_id": "../.profile"}, "id: got '../.profile', must be 1 to 64 letters"),
         ("status", {"video_id": "video_0"}, "video_not_found"),
         ("plan", {"prompt": "a man", "size": "large"}, "size"),
         ("create_video", {"prompt": "a man", "num_frames": 2}, "unknown argument num_frames"),

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.files import IMAGES, NOISE, RED, VIDEOS, Case, RunsCode, encoded, refused, used
-from tests.hostile.test_no_code import KINDS
+from tests.hostile.files import IMAGES, NOISE, RED, VIDEOS, Case, encoded, refused, used
 from tests.online.directors import SMALL, client_of, local_server, settings_with_keys
 from tests.online.test_api_videos import ended, error_of, made
 
@@ -115,23 +114,6 @@ def test_uploads_reach_the_checks_of_files(tmp_path, client, server):
         response = client.post("/v1/videos/characters", data={"name": "x"}, files=files)
         assert_refused(response, 400, case.message, "video")
         assert str(tmp_path) not in response.text
-
-
-def test_pickle_in_a_request_is_refused_and_does_not_run(client, tmp_path):
-    for write in KINDS:
-        write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
-        content = (tmp_path / "a").read_bytes()
-        responses = [
-            client.post("/v1/files", files={"file": ("a.png", content)}),
-            client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a.png", content)}),
-            client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)}),
-            *(
-                client.post("/v1/videos", content=content, headers={"Content-Type": kind})
-                for kind in ("application/json", "application/x-www-form-urlencoded", "application/octet-stream")
-            ),
-        ]
-        assert all(400 <= response.status_code < 500 for response in responses), (write, responses)
-    assert not (tmp_path / "RAN").exists()
 
 
 def test_other_clients_are_served_afterwards(server):
