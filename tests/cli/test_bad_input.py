@@ -70,6 +70,7 @@ USER_ERRORS = [
     ("shot a --set fpss=3", 2, "--set fpss: got an unknown field, did you mean fps?"),
     ("shot a --until dawn", 2, "'dawn' is not one of 'image', 'video'"),
     ("shot a -s prompt=b", 2, "which is the argument PROMPT of this command"),
+    ("shot a --label 'a\nb'", 2, "--label: got 'a\\nb', must be one line"),
     ("shot a --profile nope", 3, "must be one of auto, demo"),
     ("stage blur x.png", 2, "must be one of instantid, instantid_sdxl, flux"),
     ("stage svd -o x.mp4", 2, "svd requires an input file (image)"),

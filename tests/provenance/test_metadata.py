@@ -319,11 +319,6 @@ def test_files_of_a_shot_carry_the_label_and_have_their_own_key(tiny, make_shot,
     assert plan_of(tiny, shot, settings).key != plan_of(tiny, shot).key
 
 
-def test_command_refuses_a_label_of_several_lines(tmp_path, capsys):
-    assert main(["shot", "a", "--label", "a\nb", "-o", str(tmp_path)]) == 2
-    assert "--label: got 'a\\nb', must be one line" in capsys.readouterr().err
-
-
 # Every place that writes an image or a clip: results are marked, labelled and signed; the others are listed with a reason
 
 PACKAGE = Path(vidgen_ray.__file__).parent
