@@ -118,7 +118,7 @@ def engine_class(call_s):
 def simulated(without_ray, monkeypatch):
     """Run in simulated time."""
     monkeypatch.setattr(ray, "kill", kill)
-    monkeypatch.setattr(render_module.uvloop, "run", lambda main: run_in_simulated_time(main)[0])
+    monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
     async def problem(_):
         # Simulated time does not wait for a thread.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +11,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-
-import uvloop
 
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.line_planner import (
@@ -262,7 +261,7 @@ def render_lines(
                     planner.take_finished()
                 if director.queue or remaining is not None:
                     with director.connected(complete=remaining is None):
-                        uvloop.run(director.render(remaining))
+                        asyncio.run(director.render(remaining))
                 with suppress(OSError):
                     lease.refresh()
                 lease.check()
