@@ -223,6 +223,7 @@ class Director:
         self._reading = remaining is not None
         self._metered_at = asyncio.get_running_loop().time()
         self._stop_watch = asyncio.ensure_future(self._watch_stop())
+        self._stop_watch.add_done_callback(lambda _: self._changed.set())
         self._renderer = Renderer(self._on_status, self._make_engine)
         if remaining is not None:
             self._start_reader(remaining)
@@ -584,7 +585,6 @@ class Director:
                 self._storage.check()
             except SetupError as error:
                 self._error = error
-        self._changed.set()
 
     def _probe_storage(self) -> str | None:
         """Return why nothing can be written to the output folder now. `None` if it can. Blocks."""
