@@ -39,7 +39,7 @@ class Encoder:
         self._config = config
         self._open: dict[int, ShotFiles] = {}
         self._first_call = 0
-        """Sessions with lower numbers are of an earlier director, which has crashed."""
+        """Sessions with lower numbers are not needed any more."""
         self._busy: set[int] = set()
         """Sessions whose files are being written or deleted."""
         self._changed = threading.Condition()
@@ -54,9 +54,9 @@ class Encoder:
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def attach(self, first_call: int) -> None:
-        """Start to work for a director that numbers its sessions from `first_call`.
+        """Start to work for a director whose sessions have numbers from `first_call` on. Deletes the files of earlier ones.
 
-        Deletes the unfinished files of an earlier one, which has crashed. Ends the process if a call of that one hangs.
+        They are of a director that has crashed, or were sent to the process before. Ends the process if a call of one hangs.
         """
         with self._changed:
             self._first_call = first_call

@@ -249,8 +249,7 @@ class Shell:
     # Processes
 
     def add(self, name: str, spec: WorkerSpec, actor: Any) -> None:
-        """Use a worker or an encoder. Calls of an earlier engine are stopped."""
-        actor.attach.remote(self.first_call)
+        """Use a worker or an encoder."""
         self._handles[name] = _Handle(name, actor, spec)
         self.tell(m.Added(name, spec))
 
@@ -281,6 +280,8 @@ class Shell:
         name = handle.name
         try:
             handle.place = await place_when_up(handle.actor, handle.killed)
+            # Calls of an earlier engine, and those that Ray has brought from the process before, are not needed any more.
+            handle.actor.attach.remote(self.first_call + life)
             self.tell(m.Placed(name, life, handle.place.node, handle.place.pid))
             begun = time.monotonic()
             failure = await load_weights(handle.actor, lambda: self.tell(m.Progressed(name, life)))

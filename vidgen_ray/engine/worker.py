@@ -115,7 +115,7 @@ class Worker:
         """Running call -> time at which it exceeds its timeout."""
         self._cancelled: set[int] = set()
         self._first_call: int = 0
-        """Calls with lower numbers are of an earlier director, which has crashed."""
+        """Calls with lower numbers are not needed any more."""
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def place(self) -> ActorPlace:
@@ -133,9 +133,10 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def attach(self, first_call: int) -> None:
-        """Start to work for a director that numbers its calls from `first_call`. Stops the calls of an earlier director.
+        """Start to work for a director whose calls have numbers from `first_call` on. Stops earlier calls.
 
-        A call that hangs ends the process when its timeout is over.
+        They are of a director that has crashed, or were sent to the process before. One that hangs ends the process when its
+        timeout is over.
         """
         self._first_call = first_call
         for call, deadline in self._deadlines.copy().items():
