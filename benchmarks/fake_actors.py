@@ -6,7 +6,6 @@ A call to a fake actor takes simulated seconds and no CPU time. The CPU time of 
 from __future__ import annotations
 
 import asyncio
-import pickle
 import selectors
 from collections.abc import Callable, Coroutine, Generator
 from itertools import count
@@ -124,8 +123,6 @@ class FakeActor:
         elif method in ("attach", "cancel", "progress", "activity"):
             references[0].resolve(None)
         else:
-            if args:
-                args = (*pickle.loads(args[0]), *args[1:])
             task = asyncio.ensure_future(self._run(method, args, references))
             self._running[task] = references
             task.add_done_callback(lambda task: self._running.pop(task, None))

@@ -16,7 +16,7 @@ import ray
 from benchmarks.fake_actors import FakeActor, run_in_simulated_time
 from benchmarks.simulated_scheduling import CHUNKS, SECONDS, SHOTS_PER_WORKER
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.calls import ENCODER, CallResult, packed, takes_packed
+from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.shell import Shell
@@ -126,7 +126,6 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
 
 
 class _Echo:
-    @takes_packed
     def run(self, number: int, plan: ShotPlan) -> tuple[CallResult, None]:
         return CallResult(), None
 
@@ -138,7 +137,7 @@ def measure_ray_call_ms() -> float:
 
     async def calls() -> float:
         async def call(number: int) -> None:
-            first, _ = actor.run.options(num_returns=2).remote(packed(number, plan))
+            first, _ = actor.run.options(num_returns=2).remote(number, plan)
             await asyncio.wrap_future(first.future())
 
         await call(0)

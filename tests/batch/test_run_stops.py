@@ -79,7 +79,7 @@ class FakeProcess(FakeActor):
             for name in ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]:
                 draft.path(name).write_bytes(name.encode())
             self.committed[plan.shot.id] += 1
-            return CallResult(), draft.commit(args[0])
+            return CallResult(), draft.commit(args[1])
 
     @staticmethod
     def record(step):

@@ -5,7 +5,6 @@ An actor holds a real `Worker` or `Encoder`. A driver has an event loop of its o
 
 import asyncio
 import math
-import pickle
 from collections import deque
 from contextlib import suppress
 from contextvars import copy_context
@@ -197,9 +196,7 @@ class Call:
     """One request to an actor."""
 
     def __init__(self, number, actor, driver, method, args, refs):
-        self.number, self.actor, self.driver, self.method, self.refs = number, actor, driver, method, refs
-        self.packed = args[0] if args and isinstance(args[0], bytes) else None
-        self.args = args = args if self.packed is None else (*pickle.loads(self.packed), *args[1:])
+        self.number, self.actor, self.driver, self.method, self.args, self.refs = number, actor, driver, method, args, refs
         self.process, self.fault = None, None
         plan = next((arg for arg in args if isinstance(arg, ShotPlan)), None)
         if actor.kind is Encoder and args:
@@ -354,8 +351,6 @@ class Process:
         """Run the real method, in no time."""
         self.world.begin(call, self)
         try:
-            if call.packed is not None:
-                args = (call.packed, *args[len(pickle.loads(call.packed)) :])
             value = getattr(self.instance, call.method)(*args)
             return value[::-1] if isinstance(value, tuple) and isinstance(value[-1], CallResult) else value
         finally:

@@ -14,7 +14,7 @@ import ray
 from tests.ray_workers import FAST_DETECTION, connected_cluster, removed_nodes
 from vidgen_ray.engine import actor_start, shell
 from vidgen_ray.engine.actor_start import Ping, load_weights, ping, place_when_up, start
-from vidgen_ray.engine.calls import CallResult, ShotFailed, packed, takes_packed
+from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.messages import Call, Died, Ended, Kind, Ready, Report, Silent
 from vidgen_ray.engine.processes import CoreLimits
@@ -61,7 +61,6 @@ class Sleeper(Placed):
     def attach(self, number):
         return None
 
-    @takes_packed
     def sleep_once(self, number, plan, started):
         """Sleep in the first call of all processes."""
         if not started.exists():
@@ -69,16 +68,13 @@ class Sleeper(Placed):
             time.sleep(600)
         return {}, CallResult()
 
-    @takes_packed
     def nap(self, number, plan):
         time.sleep(0.3)
         return {}, CallResult()
 
-    @takes_packed
     def crash(self, number, plan):
         os._exit(1)
 
-    @takes_packed
     def large(self, number, plan):
         return bytes(60 << 20), CallResult()
 
@@ -164,7 +160,7 @@ def test_call_that_was_never_sent_is_not_the_cause_of_a_crash(cluster, tiny, tmp
     async def scenario(shell, record):
         await record.until(Ready)
         (tmp_path / "closed").touch()
-        running = actor.sleep_once.remote(packed(0, None, tmp_path / "started"))
+        running = actor.sleep_once.remote(0, None, tmp_path / "started")
         await asyncio.to_thread(wait_for, tmp_path / "started")
         os.kill(row_of(shell).pid, signal.SIGKILL)
         assert NOT_SENT not in await asyncio.to_thread(error_of, running), changed

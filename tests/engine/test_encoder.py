@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.calls import ENCODER, packed
+from vidgen_ray.engine.calls import ENCODER
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import CONTROL, Encoder
 from vidgen_ray.engine.messages import OUTPUT, Call
@@ -56,7 +56,7 @@ async def write(actor, config, plan):
     shell.add("e", ENCODER, actor)
 
     async def write(session):
-        return await session.commit("write", (plan, ()), ARTEFACTS, None)
+        return await session.commit("write", plan, ARTEFACTS, (), None)
 
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -70,7 +70,7 @@ def test_records_have_the_cpu_seconds_of_the_process(config, make_shot, monkeypa
     encoder = Encoder(config)
     start_s = encoder._counted_s
     plans = [plan_of(make_shot, name) for name in ("one", "two")]
-    written = [encoder.write(packed(number, plan, ()), ARTEFACTS, None) for number, plan in enumerate(plans)]
+    written = [encoder.write(number, plan, ARTEFACTS, (), None) for number, plan in enumerate(plans)]
     seconds = [record.encode_s for _, record in written]
     assert min(seconds) > 0
     assert sum(seconds) == pytest.approx(encoder._counted_s - start_s)
@@ -100,7 +100,7 @@ def test_call_of_a_crashed_director_does_not_block_the_next_one(config, make_sho
         assert ((await actor.place.remote()).pid == pid) == ends, "a process with a call that hangs is replaced"
         if ends:
             # The crashed director's shot was closed, and it can begin no other.
-            assert (await actor.begin.remote(packed(1, plan_of(make_shot, "late")), ARTEFACTS)).session_lost
+            assert (await actor.begin.remote(1, plan_of(make_shot, "late"), ARTEFACTS)).session_lost
 
     asyncio.run(scenario())
     ray.kill(actor)

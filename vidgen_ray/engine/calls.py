@@ -1,11 +1,8 @@
-"""Arguments and results of calls to workers and encoders. Does not use Ray."""
+"""Results of calls to workers and encoders. Does not use Ray."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from vidgen_ray.engine.messages import OUTPUT, Kind
 from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
@@ -21,21 +18,6 @@ ENCODER = WorkerSpec((OUTPUT,), ENCODER_CPUS, gpus=0.0)
 """An encoder that writes to a disk, as a worker of the engine. See `EngineConfig.encoder`."""
 BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
 """Texts in the message of an error after which every call on this process's GPU fails."""
-
-
-def packed(*values: Any) -> bytes:
-    """Return the first arguments of a call as one. Ray would serialize each on its own, with a pickler written in Python."""
-    return pickle.dumps(values)
-
-
-def takes_packed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method of an actor that takes its first arguments `packed`, and artefacts or references to them after that."""
-
-    def unpack(self: Any, first: bytes, *artefacts: Any) -> Any:
-        return method(self, *pickle.loads(first), *artefacts)
-
-    unpack.__doc__ = method.__doc__
-    return unpack
 
 
 class ShotFailed(Exception):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import CallResult, takes_packed
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.messages import OUTPUT
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, activity_of_process, place_of_process
@@ -97,7 +97,7 @@ class Encoder:
     def load(self) -> None:
         """Do nothing. An encoder has no weights."""
 
-    def _begin(self, session: int, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
+    def begin(self, session: int, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
         """Start a shot: write the image and the original clip."""
         with self._call(session):
             if self._is_stale(session) or session in self._cancelled:
@@ -118,7 +118,6 @@ class Encoder:
                 return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
-    @takes_packed
     def add(self, session: int, chunk: Artefacts) -> CallResult:
         """Encode the next chunk of the clips made by chunked stages."""
         with self._call(session):
@@ -130,7 +129,7 @@ class Encoder:
                 return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
-    def _commit(
+    def commit(
         self, session: int, records: tuple[StepRecord, ...], last_chunk: Artefacts | None
     ) -> tuple[CallResult, ShotRecord | None]:
         """Encode the last chunk, if the clip comes in chunks, then finish the files and commit the shot."""
@@ -151,22 +150,19 @@ class Encoder:
                 self._delete(session)
         return CallResult(), record
 
-    begin, commit = takes_packed(_begin), takes_packed(_commit)
-
-    @takes_packed
     def write(
         self,
         session: int,
         plan: ShotPlan,
-        records: tuple[StepRecord, ...],
         artefacts: Artefacts,
+        records: tuple[StepRecord, ...],
         only_chunk: Artefacts | None,
     ) -> tuple[CallResult, ShotRecord | None]:
         """Write and commit a shot in a single call: one without chunks, or with a single one."""
-        begun = self._begin(session, plan, artefacts)
+        begun = self.begin(session, plan, artefacts)
         if begun.failure is not None or begun.session_lost:
             return begun, None
-        return self._commit(session, records, only_chunk)
+        return self.commit(session, records, only_chunk)
 
     def cancel(self, session: int) -> None:
         """Delete the files of a shot that is not committed."""

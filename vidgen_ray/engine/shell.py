@@ -21,7 +21,7 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.actor_start import SILENT_S, Ping, load_weights, ping, place_when_up, start_failure
-from vidgen_ray.engine.calls import CallResult, ShotFailed, packed
+from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.canary import CANARY
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.core import Core
@@ -55,8 +55,6 @@ class WorkerCall(NamedTuple):
     method: str
     plan: ShotPlan
     args: tuple[Any, ...]
-    inputs: tuple[Any, ...] = ()
-    """Artefacts, or references to them in Ray's object store."""
     n_results: int = 2
     """Results of the method: references to its outputs, and the call result."""
 
@@ -84,19 +82,19 @@ class EncoderSession:
         self.is_committing = False
         """Its last call runs: the result counts also if the encoder was taken for lost meanwhile."""
 
-    async def run(self, method: str, args: tuple[Any, ...], *artefacts: Any) -> CallResult:
-        result: CallResult = await self._call(method, args, *artefacts)
+    async def run(self, method: str, *args: Any) -> CallResult:
+        result: CallResult = await self._call(method, *args)
         return self._checked(result)
 
-    async def commit(self, method: str, args: tuple[Any, ...], *artefacts: Any) -> tuple[CallResult, ShotRecord | None]:
+    async def commit(self, method: str, *args: Any) -> tuple[CallResult, ShotRecord | None]:
         """Return the result of the call that commits a shot, and the record. `None` if it failed."""
         self.is_committing = True
-        result, record = await self._call(method, args, *artefacts)
+        result, record = await self._call(method, *args)
         return self._checked(result), record
 
-    async def _call(self, method: str, args: tuple[Any, ...], *artefacts: Any) -> Any:
+    async def _call(self, method: str, *args: Any) -> Any:
         handle, number = self._invocation.handle, self._invocation.number
-        returned = getattr(handle.actor, method).remote(packed(self._shell.first_call + number, *args), *artefacts)
+        returned = getattr(handle.actor, method).remote(self._shell.first_call + number, *args)
         handle.encoding[number] = False
         self._shell.start_timeouts(handle)
         try:
@@ -351,7 +349,7 @@ class Shell:
         self._invocations[command.number] = handle.sent[command.number] = invocation
         if isinstance(what, WorkerCall):
             method = getattr(handle.actor, what.method).options(num_returns=what.n_results)
-            *outputs, result = method.remote(packed(self.first_call + command.number, what.plan, *what.args), *what.inputs)
+            *outputs, result = method.remote(self.first_call + command.number, what.plan, *what.args)
             result.future().add_done_callback(partial(self._on_result, invocation, tuple(outputs)))
             if asked is not None and asked.on_progress is not None:
                 invocation.following = asyncio.ensure_future(self._follow(invocation, asked.on_progress))
@@ -570,8 +568,8 @@ def _repeated(repetition: m.Repetition | None) -> WorkerCall:
     made: Made = repetition.of.data
     assert made.call is not None
     others = tuple(other.data.outputs[0] for other in repetition.others)
-    # `run` and `run_clip` take the names of steps first.
-    return WorkerCall("compare", made.call.plan, made.call.args[:1], (*made.call.inputs, *others))
+    # `run` and `run_clip` take the names of steps first, and their input last.
+    return WorkerCall("compare", made.call.plan, (made.call.args[0], made.call.args[-1], *others))
 
 
 def _is_usual(result: CallResult) -> bool:

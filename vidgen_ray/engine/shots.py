@@ -122,9 +122,9 @@ class Shots:
         chunked = call.chunked
         inputs = before.outputs[0] if before is not None else {}
         if chunked:
-            worker_call = WorkerCall("run_clip", plan, (call.stages[: -len(chunked)], chunked), (inputs,), n_results=3)
+            worker_call = WorkerCall("run_clip", plan, (call.stages[: -len(chunked)], chunked, inputs), n_results=3)
         else:
-            worker_call = WorkerCall("run", plan, (call.stages,), (inputs,))
+            worker_call = WorkerCall("run", plan, (call.stages, inputs))
         made = await self._shell.call(asked, worker_call, on_progress)
         if call.keeps_result:
             self._kept[call.keys] = made._replace(is_first=False)
@@ -175,7 +175,7 @@ class Shots:
         async def write(session: EncoderSession) -> tuple[CallResult, ShotRecord | None]:
             if not route.chunk_calls:
                 output, *clip = made.outputs if made is not None else ({},)
-                return await session.commit("write", (plan, records), output, clip[0] if clip else None)
+                return await session.commit("write", plan, output, records, clip[0] if clip else None)
             return await self._write_chunks(session, plan, order, route, made, records, on_progress)
 
         await self._storage.over()
@@ -203,7 +203,7 @@ class Shots:
         opened: asyncio.Future[CallResult] | None = None
         if len(route.chunks) > 1:
             # Chunks are processed while the image and the original clip are written.
-            opened = asyncio.ensure_future(session.run("begin", (plan,), output))
+            opened = asyncio.ensure_future(session.run("begin", plan, output))
         chunk_records: list[tuple[StepRecord, ...]] = []
         try:
             async with aclosing(self._processed(plan, order, route, made, on_progress)) as processed:
@@ -212,14 +212,14 @@ class Shots:
                     if opened is not None and (begun := await opened).failure is not None:
                         return begun, None
                     if len(chunk_records) < len(route.chunks):
-                        added = await session.run("add", (), chunk)
+                        added = await session.run("add", chunk)
                         if added.failure is not None:
                             return added, None
                         continue
                     all_records = (*records, *join_records(chunk_records))
                     if opened is None:
-                        return await session.commit("write", (plan, all_records), output, chunk)
-                    return await session.commit("commit", (all_records,), chunk)
+                        return await session.commit("write", plan, output, all_records, chunk)
+                    return await session.commit("commit", all_records, chunk)
         finally:
             if opened is not None:
                 opened.cancel()
@@ -241,7 +241,7 @@ class Shots:
                 asked = self._call_of(plan, order, call, current, share)
                 inputs = current.outputs[0] if current is not None else {}
                 first = cut if current is made else None
-                current = await self._shell.call(asked, WorkerCall("run_chunk", plan, (call.stages, first), (inputs,)))
+                current = await self._shell.call(asked, WorkerCall("run_chunk", plan, (call.stages, first, inputs)))
                 records += current.result.records
             assert current is not None
             frames_done += chunk.stop - chunk.start

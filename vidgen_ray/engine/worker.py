@@ -17,7 +17,7 @@ import numpy as np
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.calls import CallResult, takes_packed
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.engine.messages import LOADING
@@ -162,7 +162,6 @@ class Worker:
         ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
-    @takes_packed
     def run(self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Artefacts, CallResult]:
         """Run these steps of a shot. Return the artefacts and the call result."""
 
@@ -172,7 +171,6 @@ class Worker:
 
         return self._execute(call, plan.shot, steps, run_steps, Artefacts())
 
-    @takes_packed
     def run_clip(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunked: tuple[str, ...], artefacts: Artefacts
     ) -> tuple[Artefacts, Artefacts, CallResult]:
@@ -190,7 +188,6 @@ class Worker:
         output, result = self._execute(call, plan.shot, (*steps, *chunked), run_all, (Artefacts(), Artefacts()))
         return *output, result
 
-    @takes_packed
     def run_chunk(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
     ) -> tuple[Artefacts, CallResult]:
@@ -202,7 +199,6 @@ class Worker:
 
         return self._execute(call, plan.shot, steps, process, Artefacts())
 
-    @takes_packed
     def compare(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts, *others: Artefacts
     ) -> tuple[Artefacts, CallResult]:
