@@ -21,8 +21,8 @@ from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.identity import InfuseNetInjector
-from vidgen_ray.stages.instantid import ClipLikenessStage, ImageLikenessStage, InstantIDStage
+from vidgen_ray.stages.identity import INJECTORS
+from vidgen_ray.stages.instantid import RECOGNISER, ClipLikenessStage, ImageLikenessStage, InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.qwen_edit import QwenEditStage
@@ -268,13 +268,14 @@ def server_problems(profile: Profile) -> list[str]:
 
 
 def _check_recognisers(profile: Profile) -> None:
-    """Raises ProfileError for InfuseNet without the embedding that it needs of the face stage."""
+    """Raises ProfileError for an injector whose embedding the face stage does not compute."""
     flux, faces = (profile.actors.get(stage.actor) for stage in (FluxStage, InstantIDStage))
     if flux is None or faces is None:
         return
-    name, needed = InfuseNetInjector.name, InfuseNetInjector.embedding
-    if name in flux.extra_weights and needed not in faces.extra_weights:
-        raise ProfileError(
-            f"profile {profile.name}, actors.{FluxStage.actor}.extra_weights: {name} needs face embeddings by {needed}; "
-            f"add `extra_weights: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
-        )
+    for name in [name for name in flux.extra_weights if name in INJECTORS]:
+        needed = INJECTORS[name].embedding
+        if needed not in (RECOGNISER, *faces.extra_weights):
+            raise ProfileError(
+                f"profile {profile.name}, actors.{FluxStage.actor}.extra_weights: {name} needs face embeddings by {needed}; "
+                f"add `extra_weights: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
+            )

@@ -45,16 +45,16 @@ def cuda(monkeypatch):
 
 def move_flux(stage, line, cuda):
     if line.flux_identity:
-        stage._injector()
+        stage._injector("infusenet")
     if line.lora:
         with torch.inference_mode(False), torch.no_grad():
             stage.model.adapters._loaded(line.lora[0], 0)
     for network in stage.model.text_to_image.components.values():
         cuda.move(network)
     stage.model.device = "cuda:0"
-    if stage._infusenet is not None:
-        cuda.move(stage._infusenet.infusenet.net)
-        cuda.move(stage._infusenet.infusenet.resampler)
+    for injector in stage.injectors.values():
+        cuda.move(injector.infusenet.net)
+        cuda.move(injector.infusenet.resampler)
 
 
 def run(name, tiny, cuda, face, fields, moved=lambda stage: None, left_on_the_host=(), **changes):

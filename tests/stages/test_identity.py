@@ -1,7 +1,8 @@
-"""Identity conditioning through the whole pipeline: settings, SDXL and missing weights."""
+"""Identity conditioning through the whole pipeline: settings, SDXL, missing weights and custom injectors."""
 
 import io
 import logging
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import pytest
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import with_actor
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.errors import MissingWeights, ProfileError, StageError
+from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, StageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
+from vidgen_ray.stages.flux import FluxFamilyStage, FluxRefineStage, FluxStage
+from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines
 
 
 @pytest.fixture
@@ -83,3 +85,54 @@ def test_extra_weights_must_be_known_and_have_their_recogniser(tiny):
     ):
         with pytest.raises(ProfileError, match=message):
             check_profile(with_actor(tiny, actor, extra_weights=extra_weights))
+
+
+# Custom injectors.
+
+
+class Brighter(FluxInjector):
+    """An injector that brightens the image in proportion to the identity strength."""
+
+    name = "toy"
+    embedding = "antelopev2"
+    passes_per_step = 0.0
+
+    def __init__(self, model, weights):
+        self.model = model
+        self.by = float(weights.read_text())
+
+    def move(self, device):
+        """Nothing to move."""
+
+    @contextmanager
+    def inject(self, embedding, pose, shot, stage):
+        def brightened(pipeline):
+            def run(**arguments):
+                output = pipeline(**arguments)
+                output.images[0] = np.clip(output.images[0] + self.by * shot.identity_strength, 0, 1)
+                return output
+
+            return run
+
+        yield FluxPipelines(brightened(self.model.text_to_image), brightened(self.model.image_to_image))
+
+
+def test_custom_injector_needs_one_class_and_one_registry_entry(tiny, monkeypatch, tmp_path):
+    monkeypatch.setitem(INJECTORS, "toy", Brighter)
+    monkeypatch.setattr(FluxFamilyStage, "extra_weights", tuple(INJECTORS))
+    weights = tmp_path / "toy.txt"
+    weights.write_text("0.2")
+    profile = with_actor(tiny, "flux", extra_weights={"toy": str(weights)})
+    check_profile(profile)
+    with VideoGenerationPipeline(profile, tmp_path / "out", cache="none") as pipeline:
+
+        def image(**fields):
+            result = pipeline.generate_video("a", face_image=ASTRONAUT, generate_video=False, seed=7, **fields)
+            return np.asarray(result["image"], int)
+
+        plain = image(identity="none")
+        assert np.abs(image(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
+        with pytest.raises(ScriptError, match="must be one of infusenet, toy, instantid-sdxl, reference, none"):
+            image(identity="toi")
+        with pytest.raises(MissingWeights, match=r"infusenet: not in the profile; add `extra_weights: \{infusenet"):
+            image(identity="infusenet")

@@ -190,7 +190,7 @@ def test_fp8_quantizes_infusenet(tiny, monkeypatch):
     quantized = fp8_networks(monkeypatch)
     with with_options(FluxStage, tiny, quantize="fp8") as stage:
         assert quantized[1:] == []
-        injector = stage._injector()
+        injector = stage._injector("infusenet")
         assert quantized[1:] == [injector.infusenet.net]
 
 

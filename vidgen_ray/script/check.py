@@ -64,7 +64,7 @@ from vidgen_ray.shot import (
     wrong_defaults,
 )
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.stages.identity import IDENTITIES
+from vidgen_ray.stages.identity import identities
 from vidgen_ray.system.cache_dir import cache_dir, digest
 from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
@@ -285,8 +285,8 @@ class LineChecker:
         except (ValueError, RecursionError) as error:
             line.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
             return None
-        if shot.identity not in IDENTITIES:
-            line.reject("identity", shortened_value(shot.identity), f"must be one of {', '.join(IDENTITIES)}")
+        if shot.identity not in identities():
+            line.reject("identity", shortened_value(shot.identity), f"must be one of {', '.join(identities())}")
         self._check_texts(line, shot)
         if shot.continue_from is not None and shot.image is not None:
             line.reject("continue_from", shortened_value(shot.continue_from), "must not be set together with image")

@@ -23,7 +23,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, begin_call
 from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, T5_CHANNELS, FluxModel, FluxParams
-from vidgen_ray.stages.identity import FluxPipelines, InfuseNetInjector, pose_image
+from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
 from vidgen_ray.stages.loading import with_smaller_tiles
 from vidgen_ray.stages.lora import FEW_STEP_LORA
 from vidgen_ray.stages.memory_table import (
@@ -50,10 +50,10 @@ COMPILED_BYTES = 0.1
 
 
 class FluxFamilyStage(Stage[FluxParams]):
-    """A stage that generates images with FLUX. InfuseNet is loaded with the first shot that uses it, and stays loaded."""
+    """A stage that generates images with FLUX. An injector is loaded with the first shot that uses it, and stays loaded."""
 
     actor: ClassVar[str] = "flux"
-    extra_weights: ClassVar[tuple[str, ...]] = (InfuseNetInjector.name, FEW_STEP_LORA)
+    extra_weights: ClassVar[tuple[str, ...]] = (*INJECTORS, FEW_STEP_LORA)
     identity_field: ClassVar[str] = "flux_identity"
     identity_fields: ClassVar[tuple[str, ...]] = (
         "flux_identity",
@@ -109,8 +109,9 @@ class FluxFamilyStage(Stage[FluxParams]):
             encode_text, host_weights = 0, {"flux/text_encoder_2": t5}
         step = "flux/step"
         if shot.flux_identity is not None:
-            weights |= {network: weight_bytes(network, dtype) for network in InfuseNetInjector.networks}
-            step = InfuseNetInjector.step_curve
+            injector = injector_class(shot.flux_identity)
+            weights |= {network: weight_bytes(network, dtype) for network in injector.networks}
+            step = injector.step_curve
         if cls.active_loras(shot):
             weights["flux/lora"] = params.adapters_kept * weight_bytes("flux/lora", dtype)
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
@@ -135,8 +136,9 @@ class FluxFamilyStage(Stage[FluxParams]):
         step = step.times(prompts)
         fixed = network_work("flux/decode", pixels)
         if shot.flux_identity is not None:
+            injector = injector_class(shot.flux_identity)
             # Once per step, whatever the number of prompts.
-            own = network_work(InfuseNetInjector.step_curve, pixels) + plain.times(-1)
+            own = network_work(injector.step_curve, pixels) + plain.times(-1)
             step += own.times(shot.identity_end - shot.identity_start)
             fixed += network_work("flux/encode", pixels)
         if params.compile:
@@ -157,22 +159,22 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)
-        self._infusenet: InfuseNetInjector | None = None
+        self.injectors: dict[str, FluxInjector] = {}
 
     def move(self, device: str) -> None:
         self.model.move(device)
-        if self._infusenet is not None:
-            self._infusenet.move(device)
+        for injector in self.injectors.values():
+            injector.move(device)
 
     @property
     def adapter_loads(self) -> int:
         return self.model.adapters.loads
 
-    def _injector(self) -> InfuseNetInjector:
-        """Return InfuseNet, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
-        if self._infusenet is None:
-            self._infusenet = InfuseNetInjector.shared(self.model, self.params.extra_weights_at(InfuseNetInjector.name))
-        return self._infusenet
+    def _injector(self, name: str) -> FluxInjector:
+        """Return the injector, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
+        if name not in self.injectors:
+            self.injectors[name] = shared_injector(name, self.model, self.params.extra_weights_at(name))
+        return self.injectors[name]
 
     @contextmanager
     def conditioned_pipelines(self, item: Item) -> Iterator[FluxPipelines]:
@@ -189,7 +191,7 @@ class FluxFamilyStage(Stage[FluxParams]):
                     "or set `identity: none`"
                 )
             face = item.face
-            injector = self._injector()
+            injector = self._injector(shot.flux_identity)
             with injector.inject(face.embedding(injector.embedding), pose_image(face, shot), shot, self.name) as pipelines:
                 yield pipelines
 

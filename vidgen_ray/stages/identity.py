@@ -1,11 +1,13 @@
-"""Values of a shot's `identity`, and InfuseNet, which conditions FLUX on a face. Its networks are in
-`nets/identity_networks.py`.
+"""Values of a shot's `identity`, and the injectors, which condition FLUX on a face.
+
+The networks are in `nets/identity_networks.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,61 @@ class FluxPipelines:
     image_to_image: Callable[..., Any]
 
 
+class FluxInjector(ABC):
+    """A method to condition FLUX on the identity of a face.
+
+    Use `shared_injector(name, model, weights)`, then `with injector.inject(...) as pipelines: pipelines.text_to_image(...)`.
+    An injector has its own networks and uses those of the model without changing them. Blocks must not be nested.
+    """
+
+    name: ClassVar[str]
+    embedding: ClassVar[str]
+    """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
+    networks: ClassVar[tuple[str, ...]]
+    """Its networks in the memory table."""
+    step_curve: ClassVar[str]
+    """Curve of the memory table for a denoising step with this injector."""
+
+    @abstractmethod
+    def __init__(self, model: FluxModel, weights: Path) -> None:
+        """Load the injector's weights with the model's dtype and device.
+
+        Raises SetupError if they are missing, of another kind, or made for another FLUX.
+        """
+
+    @abstractmethod
+    def move(self, device: str) -> None:
+        """Move the injector's own weights to `device`. The model is moved separately."""
+
+    @abstractmethod
+    def inject(
+        self, embedding: NDArray[np.float32], pose: Image, shot: Shot, stage: str
+    ) -> AbstractContextManager[FluxPipelines]:
+        """Yield pipelines that generate the face with the strength `shot.identity_strength`. 0 has no effect, bitwise.
+
+        `embedding` (512,) is the one that `self.embedding` names. `pose` is the keypoint image at the size of the shot.
+        Identity conditioning is active from `shot.identity_start` to `shot.identity_end` only, fractions of the steps that are
+        run.
+        An injector that needs noise must draw it from its own generator, derived from `shot` and `stage`, so that the diffusion
+        noise is the same with and without a face.
+        """
+
+
+_instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
+
+
+def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
+    """Return the injector of this model, loaded on first use. Stages of one process with the same weights share it."""
+    import torch
+
+    key = (name, model, weights)
+    if (injector := _instances.get(key)) is None:
+        # Weights that are made in inference mode, in which stages run, cannot be moved outside of it.
+        with torch.inference_mode(False):
+            injector = _instances[key] = injector_class(name)(model, weights)
+    return injector
+
+
 def pose_image(face: FaceFeatures, shot: Shot) -> Image:
     """Draw the keypoints, RGB at the size of the shot, at their position in the centred photo. Black if `shot.pose` is none.
 
@@ -60,11 +117,9 @@ MUST_AGREE = ("in_channels", "num_attention_heads", "attention_head_dim", "axes_
 """Config values that must be equal in InfuseNet and FLUX's transformer."""
 
 
-class InfuseNetInjector:
+class InfuseNetInjector(FluxInjector):
     """FluxModel's own pipelines with a hook that runs InfuseNet before the transformer in each step.
 
-    Use `InfuseNetInjector.shared(model, weights)`, then `with injector.inject(...) as pipelines: pipelines.text_to_image(...)`.
-    Blocks must not be nested.
     The results are bitwise those of diffusers `FluxControlNetPipeline` and `FluxControlNetImg2ImgPipeline` for the same
     latents. These pipelines are not used for two reasons. They draw the pose latents from the generator before the diffusion
     noise, so a face would change the noise of a seed. The image-to-image one has no negative prompt.
@@ -73,30 +128,10 @@ class InfuseNetInjector:
 
     name: ClassVar[str] = "infusenet"
     embedding: ClassVar[str] = "ir_se50"
-    """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
     networks: ClassVar[tuple[str, ...]] = ("infusenet/net", "infusenet/resampler")
-    """Its networks in the memory table."""
     step_curve: ClassVar[str] = "flux/step+infusenet"
-    """Curve of the memory table for a denoising step with this injector."""
-    _instances: ClassVar[WeakValueDictionary[tuple[FluxModel, Path], InfuseNetInjector]] = WeakValueDictionary()
-
-    @classmethod
-    def shared(cls, model: FluxModel, weights: Path) -> InfuseNetInjector:
-        """Return the injector of this model, loaded on first use. Stages of one process with the same weights share it."""
-        import torch
-
-        key = (model, weights)
-        if (injector := cls._instances.get(key)) is None:
-            # Weights that are made in inference mode, in which stages run, cannot be moved outside of it.
-            with torch.inference_mode(False):
-                injector = cls._instances[key] = cls(model, weights)
-        return injector
 
     def __init__(self, model: FluxModel, weights: Path) -> None:
-        """Load the weights with the model's dtype and device.
-
-        Raises SetupError if they are missing, of another kind, or made for another FLUX.
-        """
         from vidgen_ray.nets.identity_networks import NET_FOLDER, load_infusenet
         from vidgen_ray.nets.weight_files import require_same
 
@@ -111,16 +146,10 @@ class InfuseNetInjector:
         divide(self.infusenet.net, {"hidden_states": 1, "controlnet_cond": 1, "img_ids": 0})
 
     def move(self, device: str) -> None:
-        """Move the injector's own weights to `device`. The model is moved separately."""
         move_networks((self.infusenet.net, self.infusenet.resampler), device)
 
     @contextmanager
     def inject(self, embedding: NDArray[np.float32], pose: Image, shot: Shot, stage: str) -> Iterator[FluxPipelines]:
-        """Yield pipelines that generate the face with the strength `shot.identity_strength`. 0 has no effect, bitwise.
-
-        `embedding` (512,) is by the recogniser `self.embedding`. `pose` is the keypoint image at the size of the shot. Identity
-        conditioning is active from `shot.identity_start` to `shot.identity_end` only, fractions of the steps that are run.
-        """
         import torch
 
         size = self.infusenet.resampler.sizes.embedding
@@ -208,5 +237,17 @@ def _step_index(scheduler: Any) -> int:
     return 0 if scheduler.step_index is None else scheduler.step_index - first
 
 
-IDENTITIES = (InfuseNetInjector.name, INSTANTID_SDXL, REFERENCE, NO_IDENTITY)
-"""All values of a shot's `identity`."""
+INJECTORS: dict[str, type[FluxInjector]] = {"infusenet": InfuseNetInjector}
+"""Name -> class. A new injector is one new class and one entry here."""
+
+
+def identities() -> tuple[str, ...]:
+    """Return all values of a shot's `identity`."""
+    return (*INJECTORS, INSTANTID_SDXL, REFERENCE, NO_IDENTITY)
+
+
+def injector_class(name: str) -> type[FluxInjector]:
+    """Return the class of an injector. Raises StageError for unknown names."""
+    if name not in INJECTORS:
+        raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
+    return INJECTORS[name]

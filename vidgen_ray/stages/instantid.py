@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likeness, Stage, StageParams, torch_dtype
-from vidgen_ray.stages.identity import InfuseNetInjector
+from vidgen_ray.stages.identity import injector_class
 from vidgen_ray.stages.loading import require_device
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 RECOGNISER = "antelopev2"
 """The recogniser of the face pack, which every profile has."""
+RECOGNISERS = {
+    "ir_se50": "vidgen_ray.nets.ir_se50:IRSE50Embedder",
+}
+"""Further recognisers: name in the profile's `extra_weights` -> module and class."""
 
 DetectorName = Literal["pack", "centerface"]
 
@@ -81,18 +86,18 @@ class FaceModels:
         self.embedders: dict[str, FaceEmbedder] = {RECOGNISER: PackRecogniser(pack["recognition"])}
         """Name in `FaceFeatures.embeddings` -> recogniser."""
         self._params = params
-        for name in params.extra_weights:
-            self.embedder(name)
+        for name in RECOGNISERS:
+            if name in params.extra_weights:
+                self.embedder(name)
 
     def embedder(self, name: str) -> FaceEmbedder:
         """Return the recogniser, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
         if name not in self.embedders:
-            from vidgen_ray.nets.ir_se50 import IRSE50Embedder
-
             params = self._params
             weights = params.extra_weights_at(name)
             require_device(params.device)
-            self.embedders[name] = IRSE50Embedder(weights, params.device, torch_dtype(params.dtype), params.threads)
+            embedder_class = resolve_name(RECOGNISERS[name])
+            self.embedders[name] = embedder_class(weights, params.device, torch_dtype(params.dtype), params.threads)
         return self.embedders[name]
 
     def detect(self, image: Image) -> list[DetectedFace]:
@@ -173,7 +178,7 @@ class InstantIDStage(FaceStage):
     reference_s: ClassVar[float] = 0.1
     shared: ClassVar[bool] = True
     version: ClassVar[int] = 2
-    extra_weights: ClassVar[tuple[str, ...]] = (InfuseNetInjector.embedding,)
+    extra_weights: ClassVar[tuple[str, ...]] = tuple(RECOGNISERS)
     reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")
     weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
     takes: ClassVar[tuple[str, ...]] = ("photos",)
@@ -310,7 +315,7 @@ class InstantIDStage(FaceStage):
 
 def _recognisers(shot: Shot) -> tuple[str, ...]:
     """Return the recognisers that the shot needs: the pack's, which measures likeness, and the injector's."""
-    injector = () if shot.flux_identity is None else (InfuseNetInjector.embedding,)
+    injector = () if shot.flux_identity is None else (injector_class(shot.flux_identity).embedding,)
     return tuple(dict.fromkeys((RECOGNISER, *injector)))
 
 
