@@ -275,20 +275,14 @@ class Director:
 
     async def _admitted(self, task: Task, renderer: Renderer) -> bool:
         """Start a shot. Waits until the window has room for it. Returns false if the run was stopped before that."""
-        is_admitted = False
-
-        def on_admitted() -> None:
-            nonlocal is_admitted
-            is_admitted = True
-            self._changed.set()
-
-        rendering = asyncio.ensure_future(self._render(task, renderer, on_admitted))
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Called again if another engine renders the shot.
+        rendering = asyncio.ensure_future(self._render(task, renderer, admitted.cancel))
         self._rendering[rendering] = task
         rendering.add_done_callback(self._ended)
         assert self._stop_watch is not None
-        while not (is_admitted or rendering.done() or self._stop_watch.done()):
-            await self._next_change()
-        if is_admitted or rendering.done():
+        await asyncio.wait([admitted, rendering, self._stop_watch], return_when=asyncio.FIRST_COMPLETED)
+        if admitted.done() or rendering.done():
             return True
         rendering.cancel()
         return False
