@@ -1,12 +1,16 @@
 """The library API: the call of the README, its result and its files."""
 
 import base64
+import copy
 import gc
 import io
 import json
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
+from threading import Thread, get_ident
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from rich.console import Console
 import vidgen_ray
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.errors import FieldError, ScriptError, UsageError
+from vidgen_ray.errors import FieldError, MediaError, ScriptError, UsageError
 from vidgen_ray.media.decode import open_video
 from vidgen_ray.media.images import read_image
 from vidgen_ray.pipeline import progress_bar
@@ -92,23 +96,44 @@ def test_invalid_field_fails_before_loading(pipeline):
         pipeline.generate_video("a", num_frames=1)
     with pytest.raises(ScriptError, match=r"lora: got 'gone\.safetensors', must be an existing"):
         pipeline.generate_video("a", lora_path="gone.safetensors")
+    with pytest.raises(ScriptError, match=r'image, steps: got 3, must be a mapping of stages to values, such as {"flux": 3}'):
+        pipeline.image("a", steps=3)
+    with pytest.raises(ScriptError, match=r"animate, image: got '/gone\.png', must be an existing file"):
+        pipeline.animate("/gone.png")
+    with pytest.raises(ScriptError, match=r"upscale, source: got 'https://a\.b/c\.mp4', must be a file"):
+        pipeline.upscale("https://a.b/c.mp4")
 
 
-def test_photos_may_be_paths_images_pixels_or_bytes(pipeline):
+def test_photos_may_be_paths_images_pixels_or_bytes(pipeline, tmp_path):
     pixels = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
     kinds = [ASTRONAUT, Image.open(ASTRONAUT), pixels, ASTRONAUT.read_bytes()]
-    read = [read_image(Path(pipeline._as_file("face_image", photo))) for photo in kinds]
+    read = [read_image(Path(pipeline._as_file("test", "face_image", photo))) for photo in kinds]
     assert all(np.array_equal(image, pixels) for image in read)
+    turned = Image.Exif()
+    turned[274] = 6
+    for image in (
+        Image.open(ASTRONAUT),
+        Image.new("RGBA", (9, 6), (9, 9, 9, 0)),
+        Image.fromarray(np.full((6, 9), 40_000, np.uint16)),
+    ):
+        path = tmp_path / "photo.png"
+        image.save(path, exif=turned)
+        assert np.array_equal(read_image(Path(pipeline._as_file("test", "image", Image.open(path)))), read_image(path))
     wide, tall = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((64, 128, 3), (128, 64, 3)))
-    assert pipeline._as_file("image", wide) != pipeline._as_file("image", tall)
+    assert pipeline._as_file("test", "image", wide) != pipeline._as_file("test", "image", tall)
     for photo, message in (
         (5, "face_image: got 5, must be a path, a PIL image"),
         (np.zeros((4, 4), np.uint8), r"got an array of uint8 \(4, 4\), must be"),
         (np.zeros((0, 4, 3), np.uint8), r"got an array of uint8 \(0, 4, 3\)"),
         ([np.zeros((4, 4, 3), np.float32)], "got an array of float32"),
+        ("https://example.com/a.jpg", "face_image: got 'https://example.com/a.jpg', must be a file on this machine; URLs are"),
+        (Image.new("F", (4, 4)), "face_image: got an unusable image, a PIL image of mode F: got 32 bits per channel"),
+        ([], "generate_video, face_image: got no photos, must be one or more photos, or None"),
     ):
         with pytest.raises(ScriptError, match=message):
             pipeline.generate_video("a", face_image=photo, consent=SYNTHETIC)
+    with pytest.raises(ScriptError, match="animate, image: got None, must be an image"):
+        pipeline.animate(None)
 
 
 def test_progress_reaches_the_callback_and_a_bar(pipeline):
@@ -123,6 +148,75 @@ def test_progress_reaches_the_callback_and_a_bar(pipeline):
     shown = [line for line in console.file.getvalue().splitlines() if line]
     assert any("Upscale" in line and "3/3" in line and "elapsed" in line for line in shown)
     assert "1/1" in next(line for line in reversed(shown) if "Face" in line), "a stage without steps looks finished"
+
+
+class Stopped(Exception):
+    pass
+
+
+def raising(error):
+    def on_progress(stage, step, steps):
+        if step:
+            raise error
+
+    return on_progress
+
+
+def test_what_on_progress_raises_reaches_the_caller(pipeline, tmp_path):
+    # The last one looks like a GPU that is full, after which a stage would try again.
+    for error in (Stopped("stop"), KeyboardInterrupt(), RuntimeError("CUDA out of memory")):
+        with pytest.raises(type(error)) as caught:
+            pipeline.image("a red ball", id="stopped", seed=3, on_progress=raising(error))
+        assert caught.value is error
+    assert not list(pipeline.outputs.shot_folder("stopped").glob("*"))
+    clip = pipeline.generate_video("a red ball", id="clip", num_frames=3, seed=1).video
+    steps = []
+    pipeline.upscale(clip, scale=2, out=tmp_path / "a.mp4", on_progress=lambda *report: steps.append(report))
+    assert steps == [("realesrgan", done, 3) for done in range(4)]
+    with pytest.raises(Stopped):
+        pipeline.upscale(clip, scale=2, out=tmp_path / "b.mp4", on_progress=raising(Stopped("stop")))
+    with pytest.raises(UsageError, match="a call of a pipeline is in progress"):
+        pipeline.upscale(clip, scale=3, out=tmp_path / "c.mp4", on_progress=lambda *_: pipeline.close())
+    with pytest.raises(UsageError, match="a call of a pipeline is in progress"):
+        pipeline.image("a red ball", seed=4, on_progress=lambda *_: pipeline.image("a blue ball"))
+
+
+def test_threads_that_share_pipelines_get_the_bytes_of_one_thread(pipeline, tiny, tmp_path):
+    """Threads share a pipeline, and two pipelines an output folder. Another thread closes a pipeline during a call."""
+    fields = {"width": 64, "height": 64, "steps": {"flux": 8}}
+    expected = [pipeline.image("a red ball", id=f"one-{seed}", seed=seed, **fields).tobytes() for seed in range(6)]
+    running, closing = [], []
+    first, second = (VideoGenerationPipeline(tiny, tmp_path) for _ in range(2))
+
+    def on_progress(stage, step, steps):
+        running.append(get_ident())
+        if len(running) == 10:
+            closing.append(Thread(target=first.close))
+            closing[0].start()
+
+    def drawn(number):
+        used = (first, first, second)[number % 3]
+        seed = number % 6
+        return used.image("a red ball", id=f"shot-{seed}", seed=seed, on_progress=on_progress, **fields).tobytes()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn, range(12))) == [*expected, *expected]
+    closing[0].join()
+    calls = [len(list(reports)) for _, reports in groupby(running)]
+    assert sum(calls) == 6 * 9, "the second image of a seed is the finished one"
+    assert all(reports % 9 == 0 for reports in calls), "steps of two calls never mix"
+    for loaded in (first, second):
+        loaded.close()
+    again = first.image("a red ball", id="again", seed=0, **fields)
+    first.close()
+    assert again.tobytes() == expected[0]
+    assert again.fp is None, "decoded, so that threads can share it"
+
+
+def test_pipeline_cannot_be_pickled_or_copied(pipeline):
+    for way in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be pickled or copied; create one in each process"):
+            way(pipeline)
 
 
 def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path, monkeypatch):
@@ -154,18 +248,22 @@ def test_failed_stage_is_named_and_leaves_no_files(pipeline):
     assert not list(pipeline.outputs.shot_folder("wall").glob("*"))
 
 
-def test_photo_that_is_no_image_is_found_before_a_stage_is_loaded(tiny, tmp_path):
+def test_unusable_images_are_found_before_a_stage_is_loaded(tiny, tmp_path):
     (tmp_path / "music.wav").write_bytes(b"RIFF\0\0\0\0WAVEfmt ")
+    (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:40_000])
     with VideoGenerationPipeline(tiny, tmp_path / "out") as pipeline:
-        with pytest.raises(ScriptError, match="face_image: got an unusable file"):
-            pipeline.generate_video("a", face_image=tmp_path / "music.wav", consent=SYNTHETIC)
+        for field, file in (("face_image", "music.wav"), ("face_image", "cut.jpg"), ("image", "cut.jpg")):
+            with pytest.raises(ScriptError, match=rf"{field}: got an unusable file, .*{file}"):
+                pipeline.generate_video("a", consent=SYNTHETIC, **{field: tmp_path / file})
+        with pytest.raises(MediaError, match=r"cut\.jpg: cannot be read"):
+            pipeline.upscale(tmp_path / "cut.jpg")
         assert not pipeline._loaded
 
 
 def test_errors_can_be_pickled():
     failed = StepFailed("svd", ScriptError([FieldError("s", 1, "f", "got", "allowed")]))
-    copy = pickle.loads(pickle.dumps(failed))
-    assert (str(copy), copy.stage) == (str(failed), "svd") == ("svd: s line 1, f: got got, allowed", "svd")
+    same = pickle.loads(pickle.dumps(failed))
+    assert (str(same), same.stage) == (str(failed), "svd") == ("svd: s line 1, f: got got, allowed", "svd")
 
 
 def test_close_frees_the_weights_at_once(tiny, tmp_path):

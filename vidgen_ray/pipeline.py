@@ -6,21 +6,23 @@ import base64
 import html
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, NoReturn, ParamSpec, Self, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from PIL import Image as PILImage
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.errors import FieldError, ScriptError, UsageError, shortened_value
+from vidgen_ray.errors import NOT_A_URL, URL_START, FieldError, MediaError, ScriptError, UsageError, shortened_value
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
-from vidgen_ray.media.images import encode_png, read_image, write_png
+from vidgen_ray.media.images import encode_png, read_image, rgb_of, write_png
 from vidgen_ray.media.media_file import CLIP_SUFFIXES
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import shot_without_row
@@ -225,10 +227,65 @@ class GenerateFields(_ShotFields, total=False):
     on_progress: ProgressCallback | None
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_one_call = threading.Lock()
+"""Held by the call that computes, after the lock of its pipeline, but not while it waits for a server. One lock for all
+pipelines: torch's number of threads and default dtype, and the classes that libraries change while they load weights, belong to
+the process."""
+_this_thread = threading.local()
+"""Has `computes` in the thread of the call in progress, and in those that run its `on_progress`."""
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """Mark this thread as part of the call in progress."""
+    before = getattr(_this_thread, "computes", False)
+    _this_thread.computes = True
+    try:
+        yield
+    finally:
+        _this_thread.computes = before
+
+
+@contextmanager
+def _others_compute() -> Iterator[None]:
+    """Let calls of other pipelines compute during this block, in which a server does."""
+    _one_call.release()
+    try:
+        yield
+    finally:
+        _one_call.acquire()
+
+
+def _in_turn(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let calls of a pipeline run, and those of this process compute, one after another.
+
+    A call inside of another one would wait for itself: UsageError.
+    """
+
+    @wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        pipeline = args[0]
+        assert isinstance(pipeline, VideoGenerationPipeline), "of a method"
+        if getattr(_this_thread, "computes", False):
+            raise UsageError(
+                "a call of a pipeline is in progress in this thread; on_progress and signal handlers must not call a "
+                "pipeline. To stop the call, raise an exception in on_progress"
+            )
+        with pipeline._turn, _one_call, _computing():
+            return method(*args, **kwargs)
+
+    return call
+
+
 class VideoGenerationPipeline:
     """Renders shots one at a time in this process. Stages are loaded on first use and stay loaded.
 
-    A context manager: `close` releases the weights at the end of the block.
+    A context manager: `close` releases the weights at the end of the block. Threads may share a pipeline. Calls, also those of
+    several pipelines, run one after another, but others compute while a pipeline waits for a server. A call from `on_progress`
+    raises UsageError.
 
     `out` is an output folder or its URL, in the format of batch runs: shots that are finished there are not rendered again.
     `cache` tells which results of stages are kept there: `none`, `images` or `all`, with the clips.
@@ -248,6 +305,8 @@ class VideoGenerationPipeline:
         self.profile = profile
         self.outputs = OutputFolder(out)
         self.outputs.prepare()
+        self._turn = threading.Lock()
+        """Held by the call in progress."""
         self._keep_stages = keep_stages
         self._cache = cache_settings(cache, keep_stages, wait=True).open(self.outputs.stage_cache)
         self._check_weights = WeightsCheck()
@@ -275,6 +334,9 @@ class VideoGenerationPipeline:
         profile = profile_for(name_or_path).with_provenance(provenance)
         return cls(profile, out, require_licence=require_licence)
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a pipeline holds loaded weights and cannot be pickled or copied; create one in each process")
+
     def generate_video(
         self,
         prompt: str,
@@ -296,32 +358,22 @@ class VideoGenerationPipeline:
         Raises ScriptError for an invalid field, SetupError if weights are not on this machine, LicenceError if they do not
         allow what is required, StepFailed if a stage fails, and what `on_progress` raises.
         """
-        shot_fields: dict[str, Any] = {"prompt": prompt, **fields}
-        if consent is not None:
-            shot_fields["consent"] = consent if isinstance(consent, str | Consent) else dict(consent)
-        if lora_path is not None:
-            shot_fields["lora"] = str(lora_path)
-        if image is not None:
-            shot_fields["image"] = self._as_file("image", image)
-        if last_image is not None:
-            shot_fields["last_image"] = self._as_file("last_image", last_image)
-        if face_image is not None:
-            shot_fields["face_image"] = [self._as_file("face_image", photo) for photo in _as_list(face_image)]
-        shot = check_shot(shot_fields, "generate_video", self.profile.defaults, policy=self.profile.policy)
-        with _reporting(on_progress):
-            record = self.render(shot)
-        shot_id = shot.id or ""
-        return GeneratedVideo(
-            image=PILImage.open(io.BytesIO(self.outputs.read(shot_id, IMAGE_FILE))),
-            video=self.outputs.place(shot_id, VIDEO_FILE) if VIDEO_FILE in record.files else None,
-            hd_video=self.outputs.place(shot_id, HD_FILE) if HD_FILE in record.files else None,
-            record=record,
+        return self._generate(
+            "generate_video",
+            prompt,
+            image,
+            face_image=face_image,
+            consent=consent,
+            last_image=last_image,
+            lora_path=lora_path,
+            on_progress=on_progress,
+            **fields,
         )
 
     def image(self, prompt: str, *, image: Photo | None = None, **fields: Unpack[GenerateFields]) -> PILImage.Image:
         """Generate an image. Takes the arguments of `generate_video`, and raises what it raises."""
         fields["generate_video"] = False
-        return self.generate_video(prompt, image=image, **fields).image
+        return self._generate("image", prompt, image, **fields).image
 
     def animate(self, image: Photo, prompt: str = "animate", **fields: Unpack[GenerateFields]) -> GeneratedVideo:
         """Generate a clip that starts with an image, without upscaling it unless `upscale_video` is true.
@@ -329,7 +381,54 @@ class VideoGenerationPipeline:
         Takes the arguments of `generate_video`, and raises what it raises.
         """
         fields.setdefault("upscale_video", False)
-        return self.generate_video(prompt, image=image, **fields)
+        if image is None:
+            raise ScriptError(
+                [FieldError("animate", None, "image", "None", "must be an image; generate_video makes a clip without one")]
+            )
+        return self._generate("animate", prompt, image, **fields)
+
+    @_in_turn
+    def _generate(
+        self,
+        method: str,
+        prompt: str,
+        image: Photo | None,
+        *,
+        face_image: Photo | Sequence[Photo] | None = None,
+        consent: Consent | Mapping[str, str] | str | None = None,
+        last_image: Photo | None = None,
+        lora_path: str | Path | None = None,
+        on_progress: ProgressCallback | None = None,
+        **fields: Unpack[_ShotFields],
+    ) -> GeneratedVideo:
+        """Render one shot for a method of this name."""
+        shot_fields: dict[str, Any] = {"prompt": prompt, **fields}
+        if consent is not None:
+            shot_fields["consent"] = consent if isinstance(consent, str | Consent) else dict(consent)
+        if lora_path is not None:
+            shot_fields["lora"] = str(lora_path)
+        if image is not None:
+            shot_fields["image"] = self._as_file(method, "image", image)
+        if last_image is not None:
+            shot_fields["last_image"] = self._as_file(method, "last_image", last_image)
+        if face_image is not None:
+            photos = _as_list(face_image)
+            if not photos:
+                raise ScriptError([FieldError(method, None, "face_image", "no photos", "must be one or more photos, or None")])
+            shot_fields["face_image"] = [self._as_file(method, "face_image", photo) for photo in photos]
+        shot = check_shot(shot_fields, method, self.profile.defaults, policy=self.profile.policy)
+        with _reporting(on_progress):
+            record = self._render(shot)
+        shot_id = shot.id or ""
+        picture = PILImage.open(io.BytesIO(self.outputs.read(shot_id, IMAGE_FILE)))
+        # Decoded here: a later first use by two threads at once would fail.
+        picture.load()
+        return GeneratedVideo(
+            image=picture,
+            video=self.outputs.place(shot_id, VIDEO_FILE) if VIDEO_FILE in record.files else None,
+            hd_video=self.outputs.place(shot_id, HD_FILE) if HD_FILE in record.files else None,
+            record=record,
+        )
 
     @overload
     def upscale(
@@ -351,6 +450,7 @@ class VideoGenerationPipeline:
         **fields: Unpack[_ShotFields],
     ) -> Path | PILImage.Image: ...
 
+    @_in_turn
     def upscale(
         self,
         source: Photo,
@@ -367,16 +467,18 @@ class VideoGenerationPipeline:
         an image, MediaError, WriteError and StepFailed.
         """
         shot = check_shot({"prompt": "upscale", **fields}, "upscale", self.profile.defaults)
+        if isinstance(source, str | Path) and URL_START.match(str(source)):
+            raise ScriptError([FieldError("upscale", None, "source", shortened_value(str(source)), NOT_A_URL)])
         with _reporting(on_progress):
             if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
                 target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
                 return process_video_file(self.profile, RealESRGANStage, shot, Path(source), target)
-            (stage,) = self._stages([RealESRGANStage], shot)
-            self._swapper.ensure_on_gpu(stage.name)
             if out is not None and Path(out).suffix.lower() != ".png":
                 raise UsageError(f"out: got {str(out)!r}, must end in .png for an image")
-            path = Path(self._as_file("source", source))
+            path = Path(self._as_file("upscale", "source", source))
             image = read_image(path)
+            (stage,) = self._stages([RealESRGANStage], shot)
+            self._swapper.ensure_on_gpu(stage.name)
             try:
                 frames = stage.run_chunk(shot, image[None])
             except Exception as error:
@@ -405,11 +507,15 @@ class VideoGenerationPipeline:
         except OSError as error:
             raise StepFailed("plan", error) from error
 
+    @_in_turn
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot unless it is finished already.
 
         Raises StepFailed, ScriptError for `continue_from` and files that are no images or LoRAs, and LicenceError.
         """
+        return self._render(shot)
+
+    def _render(self, shot: Shot) -> ShotRecord:
         source_licences: tuple[UsedWeights, ...] = ()
         if shot.continue_from is not None and shot.image is None:
             frame, source_licences = self._last_frame(shot.continue_from)
@@ -424,7 +530,7 @@ class VideoGenerationPipeline:
         finished = self.outputs.find_by_id(shot_id)
         if finished is None:
             allowed = f"must be the id of a finished shot in {self.outputs.url}"
-            raise ScriptError([FieldError("generate_video", None, "continue_from", repr(shot_id), allowed)])
+            raise ScriptError([FieldError("shot", None, "continue_from", repr(shot_id), allowed)])
         if (frame := self.outputs.last_frame(finished)) is not None:
             return frame, finished.licences
         # It may itself continue another shot, whose licences are in its record only.
@@ -435,8 +541,11 @@ class VideoGenerationPipeline:
         require_licence(self._required_licence, plan.licences)
         if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
             return done
-        if (wrong := file_problem(plan.shot, self.profile, "shot")) is not None:
+        if (wrong := file_problem(plan.shot, self.profile, "shot", decode=True)) is not None:
             raise wrong
+        return self._render_unfinished(plan)
+
+    def _render_unfinished(self, plan: ShotPlan) -> ShotRecord:
         stages = self._stages(stages_of(plan.shot), plan.shot)
         runner = StepRunner(
             stages,
@@ -461,7 +570,9 @@ class VideoGenerationPipeline:
         item, records = Item(plan.shot), list[StepRecord]()
         for step in plan.steps:
             if not is_chunked(step.stage):
-                item, new_records = runner.run(plan, item, [step.stage])
+                stage = runner.stages[step.stage]
+                with _others_compute() if stage.places(stage.params) else nullcontext():
+                    item, new_records = runner.run(plan, item, [step.stage])
                 records += new_records
                 check_likeness(plan.shot, item.artefacts)
         profile = self.profile
@@ -483,8 +594,9 @@ class VideoGenerationPipeline:
             records.append(chunk_records)
         return join_records(records)
 
+    @_in_turn
     def close(self) -> None:
-        """Release all weights."""
+        """Release all weights, when the call in progress has ended. A later call loads them again."""
         for stage in self._loaded.values():
             stage.close()
         self._loaded.clear()
@@ -522,12 +634,15 @@ class VideoGenerationPipeline:
         # Stored under their own names.
         return [self._loaded[name] for name in needed]  # type: ignore[misc]
 
-    def _as_file(self, field: str, photo: Photo) -> str:
+    def _as_file(self, method: str, field: str, photo: Photo) -> str:
         """Return the path of a photo. An image in memory is stored in the output folder, so that the shot can be repeated.
 
         Raises ScriptError for anything else.
         """
         if isinstance(photo, str | Path):
+            if URL_START.match(str(photo)):
+                # Refused with the other fields.
+                return str(photo)
             return str(Path(photo).absolute())
         if isinstance(photo, bytes):
             return str(self.outputs.keep_input(photo, ".image").absolute())
@@ -535,12 +650,15 @@ class VideoGenerationPipeline:
         if isinstance(photo, PILImage.Image):
             # An image that this library has returned stays marked as AI-generated.
             mark = mark_of(photo)
-            photo = np.asarray(photo.convert("RGB"))
+            try:
+                photo = rgb_of(photo)
+            except MediaError as error:
+                raise ScriptError([FieldError(method, None, field, "an unusable image", str(error))]) from None
         is_pixels = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
         if not is_pixels or not photo.size:
             got = f"an array of {photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else shortened_value(photo)
             allowed = "must be a path, a PIL image, the bytes of an image file, or an array (H, W, 3) of uint8"
-            raise ScriptError([FieldError("generate_video", None, field, got, allowed)])
+            raise ScriptError([FieldError(method, None, field, got, allowed)])
         return str(self.outputs.keep_input(encode_png(photo, mark), ".png").absolute())
 
 
@@ -552,10 +670,42 @@ def _as_list(photos: Photo | Sequence[Photo]) -> list[Photo]:
 
 @contextmanager
 def _reporting(on_progress: ProgressCallback | None) -> Iterator[None]:
-    """Report the progress of the block to a callback; without one, in a notebook, to a progress bar."""
+    """Report the progress of the block to a callback; without one, in a notebook, to a progress bar.
+
+    Raises what the callback raises, in place of the failure that this causes in the block.
+    """
     with ExitStack() as stack:
         if on_progress is None and in_notebook():
             on_progress = stack.enter_context(progress_bar())
-        if on_progress is not None:
-            stack.enter_context(progress_callback(on_progress))
-        yield
+        if on_progress is None:
+            yield
+            return
+        callback = _Callback(on_progress)
+        stack.enter_context(progress_callback(callback))
+        try:
+            yield
+        except Exception:
+            if callback.error is None:
+                raise
+        if (error := callback.error) is not None:
+            # Its own cause, if it has one, in place of the failure of the stage.
+            raise error from error.__cause__
+
+
+class _Callback:
+    """Callback of a user. What it raises is kept, and raised again by later calls, also if a stage tries again."""
+
+    def __init__(self, on_progress: ProgressCallback) -> None:
+        self._on_progress = on_progress
+        self.error: BaseException | None = None
+
+    def __call__(self, stage: str, step: int, steps: int) -> None:
+        if self.error is not None:
+            raise self.error
+        # Clips are enlarged by threads of their own.
+        with _computing():
+            try:
+                self._on_progress(stage, step, steps)
+            except BaseException as error:
+                self.error = error
+                raise

@@ -4,6 +4,7 @@ import torch
 from diffusers.pipelines import pipeline_utils
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from vidgen_ray.nets.torch_private import plain_tensors
 from vidgen_ray.stages import loading
 
 GPU = "cpu:0"
@@ -62,7 +63,7 @@ class FakeGpu:
 def tensors_of(network):
     """Return the plain tensors of a network: parameters and buffers, and those that quantised ones consist of."""
     tensors = (*network.parameters(), *network.buffers())
-    return [plain for tensor in tensors for plain in loading._plain_tensors(tensor)]
+    return [plain for tensor in tensors for plain in plain_tensors(tensor)]
 
 
 def host_bytes(networks):
@@ -93,13 +94,15 @@ def _to(original):
     def to(self, *args, **kwargs):
         if GPU not in args:
             return original(self, *args, **kwargs)
-        return self._apply(lambda tensor: tensor if is_on_gpu(tensor) else gpu_copy(tensor))
+        others = [each for each in args if each != GPU]
+        network = original(self, *others, **kwargs) if others or kwargs else self
+        return network._apply(lambda tensor: tensor if is_on_gpu(tensor) else gpu_copy(tensor))
 
     return to
 
 
 def is_on_gpu(tensor):
-    return all(plain.storage_offset() == OFFSET for plain in loading._plain_tensors(tensor))
+    return all(plain.storage_offset() == OFFSET for plain in plain_tensors(tensor))
 
 
 def is_pinned(tensor):

@@ -28,6 +28,7 @@ from tests.stages.test_parity import gradient_image, loaded
 from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.nets import weight_files
+from vidgen_ray.nets.diffusers_private import search_hooks_once
 from vidgen_ray.stages import flux_model, loading, speed
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
@@ -90,7 +91,7 @@ def test_adapters_that_are_loaded_and_changed_later_stay_correct(gpu):
 
 
 def test_hooks_are_searched_once_and_found_when_they_are_registered_later():
-    loading._search_hooks_once()
+    search_hooks_once()
     searches, resets = [], []
 
     class Network(torch.nn.Sequential):

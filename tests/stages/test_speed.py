@@ -23,7 +23,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import speed_trials
 from vidgen_ray.planner.choose_layout import compilations
 from vidgen_ray.planner.demand import demand_of
-from vidgen_ray.planner.speed_trials import Trial, try_option
+from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
 from vidgen_ray.stages import flux_model, identity, loading, speed
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
@@ -252,13 +252,35 @@ def test_wan_computes_its_blocks_in_fp8(fp8_products_on_a_cpu):
     assert 0.001 < (computed - plain).norm() / plain.norm() < speed_trials.MAX_DIFFERENCE_FP8
 
 
-def test_fp8_has_a_scale_per_row_and_leaves_float32_and_the_ends(torchao_on_a_cpu):
+@pytest.mark.parametrize("identity", ["none", "infusenet"])
+def test_graphs_of_the_first_size_have_no_variable_sizes(tiny, make_shot, monkeypatch, identity):
+    """InfuseNet's blocks are those of FLUX, with another number of text tokens."""
+    variable = []
+
+    def backend(graph, inputs):
+        variable.append(sum(isinstance(each, torch.SymInt) for each in inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", backend)
+    shot = make_shot(width=64, face_image="x.jpg", identity=identity)
+    with with_options(FluxStage, tiny, compile=True) as stage:
+        run_once(stage, invented_item(FluxStage, shot))
+    torch._dynamo.reset()
+    networks = 1 if identity == "none" else 2
+    # torch takes the views that the second of the blocks without text gets for tensors of variable size.
+    assert (len(variable), sum(map(bool, variable))) == (3 * networks, networks)
+
+
+@pytest.mark.parametrize(("capability", "scales"), [((9, 0), (128, 1)), ((10, 0), (128, 1)), ((12, 0), (1, 1))])
+def test_fp8_has_the_scales_of_the_card_and_leaves_float32_and_the_ends(torchao_on_a_cpu, monkeypatch, capability, scales):
+    monkeypatch.setattr(speed, "_capability", lambda device: capability)
     layers = [torch.nn.Linear(64, 128, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     weights = layers[0].weight.detach().clone()
     last = torch.nn.Linear(64, 128, dtype=torch.bfloat16)
     speed.compute_in_fp8(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(layers), "proj_out": last}), "cpu")
     assert type(last.weight) is torch.nn.Parameter
-    assert layers[0].weight.scale.shape == (128, 1)
+    assert layers[0].weight.scale.shape == scales
     assert (layers[0].weight.dequantize() - weights).abs().max() < 0.01
     assert layers[1].weight.dtype == torch.float32
     assert torch.get_float32_matmul_precision() == "highest"

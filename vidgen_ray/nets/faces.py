@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import OPENCV_LIBRARIES, SetupError, StageError, import_problem
 from vidgen_ray.nets.weight_files import library_errors
 
 
@@ -74,11 +74,21 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def check_opencv() -> None:
+    """Raise SetupError if OpenCV cannot be imported, with what it needs."""
+    try:
+        import cv2  # noqa: F401  # detectors and recognisers import it where they use it
+    except ImportError as error:
+        raise SetupError(f"{import_problem(error)}; Debian: {OPENCV_LIBRARIES}") from None
+
+
 def open_session(model: Path | bytes, device: str, threads: int | None, label: str) -> Any:
     """Open an InferenceSession on `device` for an ONNX file or its bytes. `threads=None` uses all cores.
 
-    `label` names the model in a SetupError. Also raises it if onnxruntime silently fell back to the CPU.
+    `label` names the model in a SetupError. Also raises it if onnxruntime silently fell back to the CPU, and without OpenCV,
+    which prepares what the models see.
     """
+    check_opencv()
     onnxruntime = import_onnxruntime()
     if device.startswith("cuda") and hasattr(onnxruntime, "preload_dlls"):
         # onnxruntime does not search torch's wheels, which contain the CUDA libraries.

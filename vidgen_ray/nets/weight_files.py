@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.errors import SetupError, StageError, VidgenError
+from vidgen_ray.errors import SetupError, StageError, VidgenError, import_problem
 from vidgen_ray.limits import MAX_LORA_BYTES, MAX_LORA_HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -71,9 +71,14 @@ def load_torch_file(file: Path) -> Any:
 
 @contextmanager
 def library_errors(message: str) -> Iterator[None]:
-    """Turn any exception into a SetupError with this message and the reason: libraries raise many types for damaged files."""
+    """Turn any exception into a SetupError with this message and the reason: libraries raise many types for damaged files.
+
+    An ImportError says nothing about the file: its SetupError names the package.
+    """
     try:
         yield
+    except ImportError as error:
+        raise SetupError(import_problem(error)) from error
     except Exception as error:
         raise SetupError(f"{message}: {error}") from error
 

@@ -69,15 +69,15 @@ class RemoteParams(StageParams):
     """URLs of servers with this model, such as `http://video:8000`. Each gets a worker, which has its own first."""
     key_env: Annotated[str | None, NOT_IN_KEY] = None
     """Environment variable with the key of the servers, on every node."""
-    parallel: Annotated[int, NOT_IN_KEY] = Field(4, ge=1, le=1024)
+    parallel: Annotated[int, NOT_IN_KEY] = Field(default=4, ge=1, le=1024)
     """Shots that a server has at once."""
-    price_per_second: Annotated[float | None, NOT_IN_KEY] = Field(None, ge=0, allow_inf_nan=False)
+    price_per_second: Annotated[float | None, NOT_IN_KEY] = Field(default=None, ge=0, allow_inf_nan=False)
     """Price of a second of a clip, or of an image."""
-    size_multiple_px: Annotated[int, NOT_IN_KEY] = Field(16, ge=1)
+    size_multiple_px: Annotated[int, NOT_IN_KEY] = Field(default=16, ge=1)
     """Width and height must be multiples of this."""
-    frame_step: Annotated[int, NOT_IN_KEY] = Field(1, ge=1)
+    frame_step: Annotated[int, NOT_IN_KEY] = Field(default=1, ge=1)
     """`num_frames` must be `frame_step * k + 1`."""
-    max_frames: Annotated[int, NOT_IN_KEY] = Field(MAX_FRAMES, ge=1)
+    max_frames: Annotated[int, NOT_IN_KEY] = Field(default=MAX_FRAMES, ge=1)
     send_image: bool = True
     """False for a model that makes clips from the prompt alone."""
     fields: dict[str, JsonValue] = Field(default_factory=dict)

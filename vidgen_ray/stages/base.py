@@ -209,7 +209,7 @@ class StageParams(StrictModel):
     """Name -> error message for extra weights that are not on this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch. `None` keeps the current number. It changes the last bits of a result."""
     timeout_s: Annotated[float, NOT_IN_KEY] = 1800.0
     """Timeout of one attempt."""
@@ -726,6 +726,11 @@ def report_progress(stage: str, done: int, steps: int) -> None:
     callback = _current_callback.get()
     if callback is not None:
         callback(stage, done, steps)
+
+
+def progress_reporter() -> ProgressCallback:
+    """Return `report_progress` with the callback of this context, for other threads."""
+    return _current_callback.get() or (lambda stage, done, steps: None)
 
 
 def diffusers_step_callback(stage: str) -> dict[str, Any]:

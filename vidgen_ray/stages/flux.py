@@ -202,7 +202,7 @@ class FluxFamilyStage(Stage[FluxParams]):
     def generate(self, item: Item, pipeline: str, **arguments: Any) -> Image:
         """Call one of the `FluxPipelines`, with these arguments beside those that both have in common."""
         shot = item.shot
-        with self.conditioned_pipelines(item) as pipelines:
+        with self.model.prepared(self.params), self.conditioned_pipelines(item) as pipelines:
             arguments |= self.model.call_arguments(shot, self.params, getattr(shot.guidance, self.name))
             begin_call(guided=arguments.get("true_cfg_scale", 1) > 1)
             (image,) = getattr(pipelines, pipeline)(
@@ -249,7 +249,8 @@ class FluxStage(FluxFamilyStage):
 
 
 class FluxRedrawStage(FluxFamilyStage):
-    """`image` (H, W, 3) -> `image` of the same size, redrawn with the last int(steps * strength) steps of the schedule.
+    """`image` (H, W, 3) -> `image` of the same size, redrawn with the last steps * strength steps of the schedule, rounded
+    up.
 
     The strength is that of the shot's field `NAME_strength`. 0 returns the image unchanged.
     Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; diffusers `FluxImg2ImgPipeline`.

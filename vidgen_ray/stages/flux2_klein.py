@@ -55,11 +55,11 @@ OTHER_SIZE = re.compile(r"klein(-base)?-9b", re.IGNORECASE)
 
 
 class Flux2KleinParams(ImageParams):
-    text_tokens: int = Field(512, ge=1, le=512)
+    text_tokens: int = Field(default=512, ge=1, le=512)
     """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
     text_layers: tuple[int, int, int] = (9, 18, 27)
     """Layers of the text encoder that the transformer was trained with."""
-    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
+    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(default=4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,7 @@ from vidgen_ray.stages.loading import (
     TiledParams,
     deferred_imports_of,
     diffusers_classes,
+    dtypes_kept,
     load_pipeline,
     move_networks,
     pin_networks,
@@ -46,14 +47,14 @@ class FluxParams(CompileParams, TiledParams):
     text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
     """Place of T5. gpu: with the other networks. swapped: T5 and the transformer take turns in GPU memory, for each new prompt.
     cpu: T5 stays in host memory and runs there."""
-    text_tokens: int = Field(512, ge=1, le=512)
+    text_tokens: int = Field(default=512, ge=1, le=512)
     """T5 tokens of the prompt. At most 256 are used for schnell."""
     distilled_guidance: bool = True
     """The transformer was distilled to get the guidance as an input, as FLUX.1-dev. `false`: for weights without that, such as
     de-distilled ones; the shot's guidance is then the scale of classifier-free guidance, with two passes per step."""
-    true_cfg_scale: float = Field(4.0, ge=1)
+    true_cfg_scale: float = Field(default=4.0, ge=1)
     """Classifier-free guidance scale for shots with a negative prompt, with distilled guidance. Adds a second pass per step."""
-    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
+    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(default=4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     quantize: Literal["none", "fp8", "fp8_storage"] = "none"
     """Quantisation of the transformer while it is loaded. fp8: weights and activations, computed in 8 bits by torchao, on GPUs
@@ -127,6 +128,8 @@ class FluxModel:
             is_compiled=params.compile,
         )
         self._t5_on_gpu = params.text_encoder == "gpu"
+        self._is_turn_of_t5 = False
+        """T5 has the place of the transformer in GPU memory. Also after a turn whose end has failed twice."""
         networks = {name: each for name, each in self.text_to_image.components.items() if isinstance(each, torch.nn.Module)}
         for name, network in networks.items():
             if self._t5_on_gpu or name != T5:
@@ -151,10 +154,19 @@ class FluxModel:
         """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
         return self.adapters.active(loras)
 
+    @contextmanager
+    def prepared(self, params: FluxParams) -> Iterator[None]:
+        """Have the networks of the model ready for a call with these parameters in the block."""
+        pipe = self.text_to_image
+        set_vae_tiles(pipe.vae, params.vae_tile_px)
+        if self._is_turn_of_t5:
+            self._end_turn_of_t5()
+        with dtypes_kept(pipe.transformer) if self.params.quantize == FP8 else nullcontext():
+            yield
+
     def call_arguments(self, shot: Shot, params: FluxParams, guidance: float | None) -> dict[str, Any]:
         """Return the arguments that text to image and image to image have in common."""
         tokens = min(params.text_tokens, SCHNELL_TEXT_TOKENS) if self.is_schnell else params.text_tokens
-        set_vae_tiles(self.text_to_image.vae, params.vae_tile_px)
         embeds, pooled = self._encode_prompt(shot.prompt, tokens, params)
         arguments: dict[str, Any] = {
             "prompt_embeds": embeds,
@@ -207,29 +219,40 @@ class FluxModel:
         if self.device == "cpu":
             yield
         elif place == "swapped":
-            self._move_t5("cpu")
-            move_networks([transformer], "cpu")
-            move_networks([t5], self.device)
+            self._is_turn_of_t5 = True
             try:
+                move_networks([transformer], "cpu")
+                move_networks([t5], self.device)
                 yield
             finally:
-                move_networks([t5], "cpu")
-                move_networks([transformer], self.device)
+                self._end_turn_of_t5()
         else:
             self._move_t5("cpu" if place == "cpu" else self.device)
             yield
 
+    def _end_turn_of_t5(self) -> None:
+        def end() -> None:
+            self._move_t5("cpu")
+            move_networks([self.text_to_image.transformer], self.device)
+            self._is_turn_of_t5 = False
+
+        try:
+            end()
+        except BaseException:
+            with suppress(Exception):
+                end()
+            raise
+
     def _move_t5(self, device: str) -> None:
-        if self._t5_on_gpu != (device != "cpu"):
-            move_networks([getattr(self.text_to_image, T5)], device)
-            self._t5_on_gpu = device != "cpu"
+        # Also if it should be there: an error may have left a part elsewhere.
+        move_networks([getattr(self.text_to_image, T5)], device)
+        self._t5_on_gpu = device != "cpu"
 
     def move(self, device: str) -> None:
-        """Move the weights and the cached prompt embeddings to `device`."""
-        if device == self.device:
-            return
-        self.device = device
-        networks = {name: network for name, network in self.text_to_image.components.items() if name != T5 or self._t5_on_gpu}
+        """Move the weights and the cached prompt embeddings to `device`. After an error, call it again."""
+        moves_t5 = self._t5_on_gpu or device == "cpu"
+        networks = {name: network for name, network in self.text_to_image.components.items() if name != T5 or moves_t5}
         move_networks(networks.values(), device)
+        self.device = device
         for key, (embeds, pooled) in list(self._embeddings.items()):
             self._embeddings[key] = embeds.to(device), pooled.to(device)

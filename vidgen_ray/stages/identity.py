@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from vidgen_ray.errors import StageError
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.diffusers_private import packed_flux_latents
 from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, noise_generator
 from vidgen_ray.stages.context_parallel import divide, own_part
 from vidgen_ray.stages.loading import move_networks
-from vidgen_ray.stages.speed import compute_in_fp8, speed_up
+from vidgen_ray.stages.speed import compute_in_fp8, separate_from_others, speed_up
+from vidgen_ray.system.free_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,8 +94,14 @@ def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
     key = (name, model, weights)
     if (injector := _instances.get(key)) is None:
         # Weights that are made in inference mode, in which stages run, cannot be moved outside of it.
-        with torch.inference_mode(False):
-            injector = _instances[key] = injector_class(name)(model, weights)
+        try:
+            with torch.inference_mode(False):
+                injector = _instances[key] = injector_class(name)(model, weights)
+        except SetupError as error:
+            # The files are not wrong: the call is tried once more.
+            if isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__):
+                raise error.__cause__ from None
+            raise
     return injector
 
 
@@ -141,6 +149,8 @@ class InfuseNetInjector(FluxInjector):
         require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
         if model.params.quantize == "fp8":
             compute_in_fp8(self.infusenet.net, model.device)
+        if model.params.compile:
+            separate_from_others(self.infusenet.net, INFUSENET_BLOCKS)
         speed_up(self.infusenet.net, model.params, INFUSENET_BLOCKS)
         # Each process adds its residuals to its own tokens.
         divide(self.infusenet.net, {"hidden_states": 1, "controlnet_cond": 1, "img_ids": 0})
@@ -180,8 +190,7 @@ class InfuseNetInjector(FluxInjector):
         with torch.no_grad():
             encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample(generator)
         latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
-        packed: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
-        return packed
+        return packed_flux_latents(pipe, latents)
 
 
 @dataclass(frozen=True, slots=True)

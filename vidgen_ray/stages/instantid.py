@@ -44,12 +44,12 @@ class InstantIDParams(StageParams):
     detector: DetectorName | Annotated[tuple[DetectorName, ...], Field(min_length=1)] = "pack"
     """`pack` is the SCRFD detector in `weights`. `centerface` has trained weights from an installed package. Several detectors
     are tried in order, each at all sizes, until one detects a face. Without `pack`, `weights` needs only a recogniser."""
-    detection_sizes_px: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] = Field((640, 320, 160), min_length=1)
+    detection_sizes_px: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] = Field(default=(640, 320, 160), min_length=1)
     """Sizes of the photo's longer side, tried in order until a face is detected. A small size detects a face that fills the
     photo."""
-    min_score: float = Field(0.5, ge=0, le=1)
+    min_score: float = Field(default=0.5, ge=0, le=1)
     """Detection score, 0 to 1, below which a face is ignored."""
-    min_face_px: int = Field(24, ge=1)
+    min_face_px: int = Field(default=24, ge=1)
     """Minimum of the shorter side of a face, in pixels."""
 
     @property

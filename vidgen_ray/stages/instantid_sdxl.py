@@ -23,7 +23,15 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.identity import pose_image
-from vidgen_ray.stages.loading import TiledParams, TiledStage, diffusers_classes, load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.loading import (
+    TiledParams,
+    TiledStage,
+    diffusers_classes,
+    dtypes_kept,
+    load_pipeline,
+    move_networks,
+    set_vae_tiles,
+)
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import ChannelsLastParams, use_channels_last
 
@@ -48,12 +56,12 @@ _MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_a
 class InstantIDSDXLParams(ChannelsLastParams, TiledParams):
     """`weights` is a diffusers folder of SDXL base. `extra_weights.instantid` is the published folder of InstantID."""
 
-    steps: int = Field(30, ge=1, le=200)
-    guidance: float = Field(5.0, gt=1, le=30)
+    steps: int = Field(default=30, ge=1, le=200)
+    guidance: float = Field(default=5.0, gt=1, le=30)
     """Classifier-free guidance scale against the negative prompt and the embedding of zeros."""
-    adapter_scale: float = Field(0.8, ge=0, le=2)
+    adapter_scale: float = Field(default=0.8, ge=0, le=2)
     """Scale of the face in the UNet's attention at `identity_strength` 1."""
-    net_scale: float = Field(0.8, ge=0, le=2)
+    net_scale: float = Field(default=0.8, ge=0, le=2)
     """Scale of face and keypoints by IdentityNet at `identity_strength` 1."""
 
 
@@ -151,7 +159,7 @@ class InstantIDSDXLStage(TiledStage[InstantIDSDXLParams]):
         embeddings = self._embeddings(face)
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         self.pipe.set_ip_adapter_scale(self.params.adapter_scale * shot.identity_strength)
-        with self.pipe.controlnet.identity(self.resampler(embeddings)):
+        with self.pipe.controlnet.identity(self.resampler(embeddings)), dtypes_kept(self.pipe.vae):
             (image,) = self.pipe(
                 shot.prompt,
                 negative_prompt=shot.negative_prompt,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from inspect import isfunction, signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.deferred_imports import deferred_imports
+from vidgen_ray.nets.diffusers_private import search_hooks_once
+from vidgen_ray.nets.torch_private import plain_tensors
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Item, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
@@ -99,7 +101,7 @@ def load_pipeline(
             kwargs |= {name: on_host.components[name] for name in missing}
         pipe = load(**direct, **kwargs)
     pipe.set_progress_bar_config(disable=True)
-    _search_hooks_once()
+    search_hooks_once()
     import torch
 
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
@@ -117,44 +119,6 @@ def load_pipeline(
             network.to(params.device)
     require_finite_weights(loaded, device=params.device)
     return pipe
-
-
-_SEARCH = "_get_top_level_group_offload_hook"
-"""Private function of diffusers. A version without it searches in its own way."""
-
-
-@cache
-def _search_hooks_once() -> None:
-    """Have diffusers search a network for hooks once, not in all of its modules ten times per image, until one is registered.
-
-    The hooks are those of group offloading, which tell the device, and of caches. Moving a network changes none of them.
-    """
-    from diffusers.hooks import HookRegistry, group_offloading
-
-    without_hooks = WeakSet[Any]()
-    search = vars(group_offloading).get(_SEARCH)
-    reset, register = HookRegistry.reset_stateful_hooks, HookRegistry.register_hook
-
-    def has_hooks(network: Any) -> bool:
-        if network in without_hooks:
-            return False
-        if any("_diffusers_hook" in vars(module) and module._diffusers_hook.hooks for module in network.modules()):
-            return True
-        without_hooks.add(network)
-        return False
-
-    def register_hook(self: Any, *arguments: Any, **named: Any) -> None:
-        # The module may be part of any network.
-        without_hooks.clear()
-        register(self, *arguments, **named)
-
-    def reset_hooks(self: Any, recurse: bool = True) -> None:
-        if has_hooks(self._module_ref):
-            reset(self, recurse)
-
-    if search is not None:
-        vars(group_offloading)[_SEARCH] = lambda network: search(network) if has_hooks(network) else None
-    HookRegistry.register_hook, HookRegistry.reset_stateful_hooks = register_hook, reset_hooks
 
 
 def _keep_signatures(pipe: Any, networks: Iterable[torch.nn.Module]) -> None:
@@ -212,6 +176,33 @@ def set_vae_tiles(vae: Any, tile_px: int | None) -> None:
         vae.tile_latent_min_size = tile_px // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+_own_dtypes: WeakKeyDictionary[Any, dict[str, torch.dtype]] = WeakKeyDictionary()
+"""Network -> name of a tensor -> dtype with which it was loaded."""
+
+
+@contextmanager
+def dtypes_kept(network: Any) -> Iterator[None]:
+    """Run a block that casts weights of a network, and casts them back at its end. They are cast back after an error, too.
+
+    diffusers casts autoencoders in float16 to float32, and fp8 layers to 16 bits. If there is no memory to cast them back, the
+    next block begins with that.
+    """
+    _restore_dtypes(network)
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            _restore_dtypes(network)
+        raise
+
+
+def _restore_dtypes(network: Any) -> None:
+    own = _own_dtypes.setdefault(network, {})
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.dtype != own.setdefault(name, tensor.dtype):
+            tensor.data = tensor.data.to(own[name])
+
+
 ADAPTER = "lora_"
 """Part of the names of the parameters that peft adds for a LoRA."""
 _COPY = "_vidgen_host_copy"
@@ -234,7 +225,7 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
             if not isinstance(network, torch.nn.Module):
                 continue
             for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-                for plain in _plain_tensors(tensor):
+                for plain in plain_tensors(tensor):
                     if device == "cpu":
                         _to_host(name, plain)
                     else:
@@ -247,26 +238,11 @@ def pin_networks(networks: Iterable[torch.nn.Module]) -> None:
     """Give networks the copy in pinned host memory that `move_networks` would make later. Those on the host stay there."""
     for network in networks:
         for tensor in (*network.parameters(), *network.buffers()):
-            for plain in _plain_tensors(tensor):
+            for plain in plain_tensors(tensor):
                 if not _is_on_host(plain):
                     setattr(plain, _COPY, _pinned_copy(plain))
                 elif not _is_pinned(plain):
                     plain.data = _pinned_copy(plain)
-
-
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensor, or those that a quantised one consists of, such as values and scales.
-
-    The quantised tensor itself keeps the device with which it was made.
-    """
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from _plain_tensors(getattr(tensor, name))
 
 
 def _to_host(name: str, tensor: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from vidgen_ray.errors import InputChanged, SetupError, StageError, short_reason
 from vidgen_ray.nets.weight_files import library_errors, not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.free_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,8 @@ class LoraAdapters:
             return
         if len(loras) > self._kept:
             raise StageError(f"{self._field}: got {len(loras)}, must be at most {self._kept}, the profile's adapters_kept")
-        names, weights = [self._loaded(lora, n) for n, lora in enumerate(loras)], [lora.weight for lora in loras]
         try:
+            names, weights = [self._loaded(lora, n) for n, lora in enumerate(loras)], [lora.weight for lora in loras]
             self._pipe.enable_lora()
             if self._is_compiled:
                 self._activate(names, weights)
@@ -91,7 +92,8 @@ class LoraAdapters:
             yield
         finally:
             self._active = ()
-            self._pipe.disable_lora()
+            if self._names:
+                self._pipe.disable_lora()
 
     def _activate(self, names: Sequence[str], weights: Sequence[float]) -> None:
         """Activate these adapters. Their scales change in place: a compiled network is compiled again for other numbers."""
@@ -134,7 +136,12 @@ class LoraAdapters:
             copy = Path(folder) / file.name
             copy.write_bytes(content)
             del content
-            self._load(copy, name, transformers)
+            try:
+                self._load(copy, name, transformers)
+            except BaseException:
+                # A part of it may be loaded and active.
+                self._unload(name)
+                raise
         self.loads += 1
         self._names[name] = identity
         return name
@@ -167,7 +174,8 @@ class LoraAdapters:
                     load_adapter(pipe, file, name, transformers)
         # diffusers' converters of LoRA formats raise many exception types.
         except Exception as error:
-            self._unload(name)
+            if is_out_of_memory(error):
+                raise
             reason = short_reason(error)
             raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {reason}") from error
         if self._names:
@@ -179,7 +187,6 @@ class LoraAdapters:
             for part in changed_parts:
                 _set_factors(getattr(pipe, part), part, name, factors, self._dtype)
         if not any(_has_effect(getattr(pipe, part), name) for part in changed_parts):
-            self._unload(name)
             raise StageError(
                 f"lora {file.name}: has no effect on these {self._model} weights; it was trained for another model, "
                 "or not trained"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from vidgen_ray.nets.diffusers_private import unpacked_ltx_latents
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import diffusers_classes, load_pipeline
@@ -32,11 +33,11 @@ _TILE_PX = 512
 
 
 class LTXParams(PromptedVideoParams):
-    text_tokens: int = Field(128, ge=1, le=512)
+    text_tokens: int = Field(default=128, ge=1, le=512)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
-    decode_timestep: float = Field(0.05, ge=0, le=1)
+    decode_timestep: float = Field(default=0.05, ge=0, le=1)
     """Timestep at which the autoencoder decodes, for weights with timestep conditioning (0.9.1 and later)."""
-    decode_noise_scale: float = Field(0.025, ge=0, le=1)
+    decode_noise_scale: float = Field(default=0.025, ge=0, le=1)
     """Fraction of noise in the latents that such an autoencoder decodes."""
 
 
@@ -119,15 +120,12 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         import torch
 
         pipe, vae, (height, width, _) = self.pipe, self.pipe.vae, item.image.shape
-        latents = pipe._unpack_latents(
-            latents,
+        size = (
             (item.shot.num_frames - 1) // pipe.vae_temporal_compression_ratio + 1,
             height // pipe.vae_spatial_compression_ratio,
             width // pipe.vae_spatial_compression_ratio,
-            pipe.transformer_spatial_patch_size,
-            pipe.transformer_temporal_patch_size,
         )
-        latents = pipe._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+        latents = unpacked_ltx_latents(pipe, latents, size)
         latents, timestep = latents.to(vae.dtype), None
         if vae.config.timestep_conditioning:
             noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(latents.device)

@@ -46,15 +46,15 @@ class RealESRGANParams(StageParams):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]  # one choice more
     """`auto`: float16 on a GPU, bfloat16 on a CPU that has it, otherwise float32."""
-    frames_per_call: int = Field(4, ge=1)
+    frames_per_call: int = Field(default=4, ge=1)
     """Frames in one call of the network. Clips are cut by this number only."""
-    tile_px: int | None = Field(None, ge=16, multiple_of=4)
+    tile_px: int | None = Field(default=None, ge=16, multiple_of=4)
     """Side of the square tiles that bound memory. `None` processes whole frames."""
     cudnn_benchmark: bool = False
     """Let cuDNN choose its convolutions by timing them, for each size. Its choice may change the last bits of a result."""
     dense_kernel: bool = False
     """Run the dense blocks of networks like x4plus in a Triton kernel, on a GPU. It moves about a third of the memory."""
-    tile_overlap_px: int = Field(32, ge=0, multiple_of=4)
+    tile_overlap_px: int = Field(default=32, ge=0, multiple_of=4)
     """Pixels that a tile sees of its neighbours on each side. The receptive field of animevideov3 is 18 pixels, so from 20 on
     tiling changes nothing. RRDBNet's is larger: x4plus-anime differs by up to 9 of 255 levels at 32 and by 1 at 48."""
 

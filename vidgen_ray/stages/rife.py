@@ -48,7 +48,7 @@ class RifeParams(StageParams):
 
     flow_scale: float = 1.0
     """Share of the resolution at which motion is estimated: 1, 0.5 or 0.25. 0.5 suits clips larger than 1080p."""
-    min_similarity: float = Field(MIN_SIMILARITY, ge=-1, le=1)
+    min_similarity: float = Field(default=MIN_SIMILARITY, ge=-1, le=1)
     """Structural similarity of two frames after their motion is undone, -1 to 1. Below it there is a scene cut between them."""
 
     @field_validator("flow_scale")

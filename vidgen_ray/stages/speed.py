@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen_ray.errors import SetupError, install_command
@@ -143,6 +144,23 @@ def compile_blocks(network: Any, device: str, blocks: Collection[str] | None = N
             module.compile(backend=COMPILE_BACKEND)
 
 
+def separate_from_others(network: Any, blocks: Collection[str]) -> None:
+    """Give these blocks of a network code of their own, so that torch compiles them as if no other network had such blocks.
+
+    torch keeps what it has compiled with the code. It would take another number of text tokens for a number that changes, and
+    compile the blocks of both networks for any.
+    """
+    for block in {type(module) for module in network.modules() if type(module).__name__ in blocks}:
+        forward = block.forward
+        code = forward.__code__.replace(co_name=f"{forward.__name__}_of_{type(network).__name__}")
+        own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        separate = type(block.__name__, (block,), {"forward": own})
+        for module in network.modules():
+            if type(module) is block:
+                module.__class__ = separate
+
+
 @contextmanager
 def cudnn_benchmark(enabled: bool) -> Iterator[None]:
     """Let cuDNN choose its convolutions by timing them in this block, or by its rules."""
@@ -203,19 +221,31 @@ def require_fp8(params: StageParams) -> None:
 def compute_in_fp8(network: Any, device: str) -> None:
     """Replace the weights of the linear layers in a transformer's blocks by ones in float8_e4m3fn. They multiply in fp8.
 
-    Each layer is quantised on `device` and stays there, with a scale per row. Layers in float32, embeddings and the last layers
-    keep their precision.
+    Each layer is quantised on `device` and stays there, with a scale per row, or one per tensor on cards whose cuBLAS knows no
+    others (pytorch #192707). Layers in float32, embeddings and the last layers keep their precision.
     """
     import torch
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
 
     def is_quantized(module: torch.nn.Module, name: str) -> bool:
         in_block = name.partition(".")[0] in BLOCKS
         return in_block and isinstance(module, torch.nn.Linear) and module.weight.dtype == torch.bfloat16
 
     # torchao's settings of the compiler would also let float32 products of other networks round to 10 bits.
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    scales = PerTensor() if _capability(device)[0] == CONSUMER_BLACKWELL else PerRow()
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=scales, set_inductor_config=False)
     quantize_(network, config, is_quantized, device=device)
+
+
+CONSUMER_BLACKWELL = 12
+"""Major compute capability of the cards RTX 50 and RTX PRO 6000."""
+
+
+def _capability(device: str) -> tuple[int, int]:
+    """Return the compute capability of a GPU, (0, 0) of a CPU."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else (0, 0)
 
 
 @cache

@@ -18,7 +18,7 @@ from vidgen_ray.stages.base import (
     pixels_to_uint8,
 )
 from vidgen_ray.stages.context_parallel import divide_passes
-from vidgen_ray.stages.loading import diffusers_classes, load_pipeline, move_networks
+from vidgen_ray.stages.loading import diffusers_classes, dtypes_kept, load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
 from vidgen_ray.stages.speed import (
     ChannelsLastParams,
@@ -45,7 +45,7 @@ PASSES_GAIN = 1.9
 
 
 class SVDParams(CompileParams, ChannelsLastParams):
-    decode_chunk_frames: int = Field(5, ge=1)
+    decode_chunk_frames: int = Field(default=5, ge=1)
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
     """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
@@ -158,7 +158,7 @@ class SVDStage(VideoStage[SVDParams]):
         if height % 64 or width % 64:
             raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")
         _set_forward_chunking(self.pipe.unet, self.params.forward_chunking)
-        with sdpa_backend(self.params.attention_backend):
+        with sdpa_backend(self.params.attention_backend), dtypes_kept(self.pipe.vae):
             pixels = self.pipe(
                 PILImage.fromarray(image),
                 height=height,

@@ -112,9 +112,9 @@ class VideoStage(Stage[P]):
 
 
 class PromptedVideoParams(OffloadedParams):
-    text_tokens: int = Field(512, ge=1, le=1024)
+    text_tokens: int = Field(default=512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
-    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
+    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(default=4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""

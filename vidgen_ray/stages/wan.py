@@ -42,7 +42,7 @@ TILE_PX, TILE_STEP_PX = 256, 192
 
 
 class WanParams(PromptedVideoParams, Fp8Params):
-    flow_shift: float | None = Field(None, gt=0)
+    flow_shift: float | None = Field(default=None, gt=0)
     """Shift of the noise schedule. Published: 3 to 5, higher for more pixels. `None`: that of the weights."""
 
 

@@ -34,10 +34,10 @@ class WeightLicence(StrictModel):
     commercial_use: Literal["yes", "no", "conditional"] = Field(
         description="Whether the weights may be used commercially. `conditional`: under the condition."
     )
-    condition: str | None = Field(None, description="Condition of commercial use, in a sentence or two.")
-    gated: str | None = Field(None, description="Page on which access must be requested before a download.")
-    notes: str | None = Field(None, description="Anything else that a user should know.")
-    source: str = Field("unchecked", description="How this entry was verified, or `unchecked`.")
+    condition: str | None = Field(default=None, description="Condition of commercial use, in a sentence or two.")
+    gated: str | None = Field(default=None, description="Page on which access must be requested before a download.")
+    notes: str | None = Field(default=None, description="Anything else that a user should know.")
+    source: str = Field(default="unchecked", description="How this entry was verified, or `unchecked`.")
 
     @property
     def needs_acceptance(self) -> bool:
