@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.applications import Starlette
@@ -32,6 +34,8 @@ from vidgen_client import (
     JobFailed,
     WaitTimeout,
 )
+from vidgen_client.image_inputs import file_of
+from vidgen_ray.media.images import read_image
 from vidgen_ray.online.auth import LOCAL_TENANT, KeyRecord, add_key, hash_key, new_key
 from vidgen_ray.online.server_settings import OnlineSettings
 
@@ -133,15 +137,21 @@ def test_interrupted_wait_leaves_the_client_usable(client, held, interrupt):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_client_works_after_fork_and_does_not_keep_a_program_running(url, client):
-    """A program ends although its client is open and follows a video. So does a child process that uses the client."""
+    """A program ends although its client is open and follows a video. So does a child process that uses the client.
+
+    They never share a connection, on which each would read answers to requests of the other.
+    """
     program = f"""
 import os
 from vidgen_client import Client
-client = Client({url!r})
+connections = []
+async def on_response(response):
+    connections.append(response.extensions["network_stream"].get_extra_info("client_addr"))
+client = Client({url!r}, event_hooks={{"response": [on_response]}})
 client.list_models()
 if not (child := os.fork()):
-    print(len(Client({url!r}).list_models()), flush=True)
-    os._exit(0)
+    print(len(client.list_models()), flush=True)
+    os._exit(len({{*connections}}) != 2)
 assert os.waitpid(child, 0)[1] == 0
 states = client.follow_video(client.create_video("a man", **{SMALL}))
 print(next(states).prompt)
@@ -165,6 +175,19 @@ def test_image_inputs(client, server, held):
         client.create_video("a man", input_reference=7)
     with pytest.raises(FileNotFoundError):
         client.create_video("a man", input_reference="gone.png")
+
+
+def test_pil_images_are_sent_as_their_files_are_read(tmp_path):
+    path, sent = tmp_path / "photo", tmp_path / "sent"
+    turned = Image.Exif()
+    turned[274] = 6
+    photo = Image.open(ASTRONAUT).convert("RGB")
+    for image, kind in ((photo, "JPEG"), (photo, "PNG"), (photo.convert("CMYK"), "JPEG"), (photo.convert("LA"), "PNG")):
+        image.resize((24, 16)).save(path, kind, exif=turned)
+        sent.write_bytes(file_of(Image.open(path))[1])
+        assert np.array_equal(read_image(sent), read_image(path))
+    with pytest.raises(ClientError, match="image: not sent: cannot write mode F as PNG"):
+        file_of(Image.new("F", (8, 8)))
 
 
 PRIVATE = {
@@ -200,14 +223,11 @@ def test_ids_cannot_leave_the_folder_of_downloads_or_change_the_url(tmp_path):
         Client(url, event_hooks={"request": [on_request]}) as client,
     ):
         for method in (client.get_video, client.cancel_video, client.delete_character):
-            with pytest.raises(ClientError, match=r"id: got '\.\./x', must be 1 to 64 letters"):
+            with pytest.raises(ClientError, match=r"id: got '\.\./x', must be 1 to 128 letters"):
                 method("../x")
         assert requests == []
         with pytest.raises(ClientError, match=r"The answer is not a Video, id: "):
             client.get_video("video_1")
-        # A type of content that the client does not know.
-        (tmp_path / "clips").mkdir()
-        assert client.download_video("video_1", tmp_path / "clips").name == "video_1.bin"
 
 
 def test_wait_timeout_list_remix_cancel_delete(client, server, held):
@@ -400,6 +420,28 @@ def test_download_continues_after_a_lost_connection_and_of_a_stopped_program(url
     with Client(url, event_hooks=hooks) as again:
         assert again.download_video(finished, path).read_bytes() == content
     assert answers == [(200, None), (206, f"bytes {written}-{len(content) - 1}/{len(content)}")]
+
+
+def test_download_refuses_another_part_of_the_file(tmp_path):
+    content = bytes(range(200))
+
+    async def cut():
+        yield content[:50]
+        raise httpx2.ReadError("lost")
+
+    def answer(body, status=200, **headers):
+        return httpx2.Response(status, content=body, headers={"content-type": "video/mp4", "etag": '"a"', **headers})
+
+    whole = {"content-length": "200"}
+    answers = [
+        answer(cut(), **whole),
+        answer(content),
+        answer(content[:150], 206, **{"content-range": "bytes 0-149/200"}),
+        answer(content),
+    ]
+    with Client(transport=httpx2.MockTransport(lambda _: answers.pop(0))) as client:
+        assert client.download_video("video_1", tmp_path / "clip.mp4").read_bytes() == content
+    assert answers == []
 
 
 def test_url_and_key_come_from_the_environment(tiny, tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """`vidgen mcp` as an assistant uses it: the SDK's client, standard input and output, a real server."""
 
 import asyncio
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -37,11 +41,18 @@ def text_of(result) -> str:
     return "\n".join(block.text for block in result.content if block.type == "text")
 
 
+VIDGEN_MCP = ["-m", "vidgen_client"]
+MCP_OF_VIDGEN = ["-c", "from vidgen_ray.cli import run_process; run_process()", "mcp"]
+
+
+def started_by_an_assistant(mcp, start, url, folder):
+    """Return the parameters of a server as in an assistant's configuration: a command, arguments, environment variables."""
+    environment = {**os.environ, "VIDGEN_URL": url}
+    return mcp.StdioServerParameters(command=sys.executable, args=[*start, "--folder", str(folder)], env=environment)
+
+
 def test_assistant_creates_waits_and_downloads(mcp, server, url, tmp_path):
-    # As in an assistant's configuration: a command, arguments and environment variables.
-    environment = {"VIDGEN_URL": url, "HOME": str(tmp_path)}
-    arguments = ["-m", "vidgen_client", "--folder", str(tmp_path / "clips")]
-    command = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment)
+    command = started_by_an_assistant(mcp, MCP_OF_VIDGEN, url, tmp_path / "clips")
     progress = []
 
     async def on_progress(done, total, message):
@@ -156,9 +167,35 @@ def test_errors_are_reported_to_the_assistant(mcp, server, mcp_server, tmp_path,
             assert result.is_error
             assert "http://127.0.0.1:9/v1/models: " in text_of(result)
 
+        async with mcp.Client(started_by_an_assistant(mcp, VIDGEN_MCP, "http://127.0.0.1:9", tmp_path)) as client:
+            assert "download" in {tool.name for tool in (await client.list_tools()).tools}
+
     asyncio.run(scenario())
     assert main(["mcp", "--url", "localhost"]) == 2
     assert "must be the URL of a server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["interrupted", "assistant ended"])
+def test_server_on_stdio_ends_without_a_traceback(end):
+    client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "a", "version": "1"}}
+    message = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": client}).encode() + b"\n"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-m", "vidgen_client"], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdin.write(message)
+        process.stdin.flush()
+        assert process.stdout.readline()
+        if end == "interrupted":
+            # Standard input stays open, as that of a terminal.
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+            process.stdin.write(message)
+            process.stdin.close()
+        try:
+            assert process.wait(60) == (130 if end == "interrupted" else 0)
+            assert process.stderr.read() == b""
+        finally:
+            process.kill()
 
 
 def test_streamable_http_on_loopback(mcp, url):
@@ -185,6 +222,11 @@ def test_streamable_http_on_loopback(mcp, url):
             # As a web page would send them, also after DNS rebinding.
             for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
                 assert httpx2.post(mcp_url, json={}, headers=foreign).status_code in (403, 421)
+            # The connection may end before the client has sent all and reads the answer.
+            with suppress(httpx2.NetworkError):
+                assert httpx2.get(mcp_url, headers={"a": "b" * 100_000}).status_code == 400
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as idle:
+                assert idle.recv(1) == b""
         finally:
             process.terminate()
 

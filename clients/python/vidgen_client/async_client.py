@@ -8,13 +8,13 @@ import json
 import math
 import os
 import random
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -24,9 +24,10 @@ from pydantic import ValidationError
 from vidgen_client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
 from vidgen_client.image_inputs import ImageInput, file_of, reference_of
 from vidgen_client.models import (
-    ID,
     A,
+    Answer,
     Batch,
+    BatchLine,
     Character,
     ErasedCharacter,
     Estimate,
@@ -35,10 +36,12 @@ from vidgen_client.models import (
     Listing,
     Model,
     Priority,
+    ShotJob,
     UploadedFile,
     Variant,
     Video,
     VideoPage,
+    checked_id,
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -58,12 +61,33 @@ MAX_BACKOFF_S = 16.0
 CONNECT_TIMEOUT_S = 10.0
 POLL_S = 1.0
 """Seconds between polls if the server recommends none."""
+MAX_PAUSE_S = 60.0
+"""Longest delay between two polls. A server that recommends a longer one is asked sooner."""
+MAX_ANSWER_BYTES, MAX_FILE_BYTES, MAX_DOWNLOAD_BYTES = 64 << 20, 4 << 30, 256 << 30
+"""Most bytes of an answer that is parsed, of a file that is returned, and of one that is written."""
+MAX_ERROR_BYTES, MAX_MESSAGE_LENGTH = 1 << 20, 2000
+"""Most bytes of an error that are read, and most characters of its message."""
 IMAGE_FIELDS = ("input_reference", "last_image", "input_references", "image_reference", "face_image", "image")
-SUFFIXES = {"video/mp4": ".mp4", "image/png": ".png", "image/webp": ".webp", "image/jpeg": ".jpg"}
+PREVIEWS = ("thumbnail", "spritesheet", "preview")
+SUFFIXES = {
+    "video/mp4": ".mp4",
+    "image/png": ".png",
+    "image/webp": ".webp",
+    "image/jpeg": ".jpg",
+    "application/octet-stream": ".bin",
+}
+"""Types of content of the files that are accepted."""
 ConsentInput: TypeAlias = Mapping[str, str] | str
 """Fields of a consent, or `subject=NAME,basis=written,reference=FILE`."""
 
 R = TypeVar("R")
+
+
+class _Received(NamedTuple):
+    """Response whose body was read."""
+
+    headers: Mapping[str, str]
+    content: bytes
 
 
 class AsyncClient:
@@ -96,9 +120,18 @@ class AsyncClient:
         headers = {"User-Agent": f"vidgen-client/{version('vidgen-client')}"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        base_url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx2.AsyncClient(base_url=base_url, headers=headers, timeout=_timeout(timeout_s), **options)
+        self.url = url.rstrip("/").removesuffix("/v1")
+        """URL of the server."""
+        self._connect = partial(httpx2.AsyncClient, base_url=self.url, headers=headers, timeout=_timeout(timeout_s), **options)
+        self._connections, self._process = self._connect(), os.getpid()
         self._retries = retries
+
+    @property
+    def _http(self) -> httpx2.AsyncClient:
+        """Connections of this process. On those of a parent process, each would read answers to requests of the other."""
+        if self._process != os.getpid():
+            self._connections, self._process = self._connect(), os.getpid()
+        return self._connections
 
     async def __aenter__(self) -> Self:
         return self
@@ -163,6 +196,10 @@ class AsyncClient:
         """Create a video from another one. Fields that are not passed keep their values, including the seed."""
         return await self._create(Video, f"{_path(video)}/remix", fields, idempotency_key)
 
+    async def get_shot(self, video: Video | str) -> dict[str, Any]:
+        """Return all fields of the shot of a job, as `POST /v1/shots` accepts them."""
+        return (await self._request(ShotJob, "GET", f"/v1/shots/{_id(video)}", named=video)).shot
+
     async def get_video(self, video: Video | str) -> Video:
         """Return the current state of a video."""
         return (await self._poll(video))[0]
@@ -176,7 +213,7 @@ class AsyncClient:
 
     async def cancel_video(self, video: Video | str) -> Video:
         """Cancel a job: at once if it is queued, after the current step if it is running. No effect on a job that has ended."""
-        return await self._request(Video, "POST", f"{_path(video)}/cancel")
+        return await self._request(Video, "POST", f"{_path(video)}/cancel", named=video)
 
     async def delete_video(self, video: Video | str) -> None:
         """Delete a video and its files. A job that has not ended is cancelled."""
@@ -193,6 +230,9 @@ class AsyncClient:
             async with aclosing(self._events(video)) as events:
                 async for state in events:
                     yield state
+                    if state.is_final:
+                        # Not all servers and proxies end the stream then.
+                        return
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while state is None or not state.is_final:
             before = state
@@ -221,7 +261,9 @@ class AsyncClient:
 
     async def read_video(self, video: Video | str, *, variant: Variant = "video") -> bytes:
         """Return a file of a completed video. Use `download_video` for large files."""
-        response = await self._send("GET", f"{_path(video)}/content", params={"variant": variant})
+        limit = MAX_ANSWER_BYTES if variant in PREVIEWS else MAX_FILE_BYTES
+        response = await self._send("GET", f"{_path(video)}/content", max_bytes=limit, params={"variant": variant})
+        _suffix_of(response.headers)
         return response.content
 
     async def download_video(self, video: Video | str, path: str | os.PathLike[str], *, variant: Variant = "video") -> Path:
@@ -318,7 +360,7 @@ class AsyncClient:
 
     async def get_batch(self, batch: Batch | str) -> Batch:
         """Return the current state of a batch."""
-        return await self._request(Batch, "GET", f"/v1/batches/{_id(batch)}")
+        return await self._request(Batch, "GET", f"/v1/batches/{_id(batch)}", named=batch)
 
     async def list_batches(self, *, limit: int = 20) -> list[Batch]:
         """Return up to 100 batches, the newest first."""
@@ -326,7 +368,7 @@ class AsyncClient:
 
     async def cancel_batch(self, batch: Batch | str) -> Batch:
         """Cancel a batch. Lines that are not completed get an error."""
-        return await self._request(Batch, "POST", f"/v1/batches/{_id(batch)}/cancel")
+        return await self._request(Batch, "POST", f"/v1/batches/{_id(batch)}/cancel", named=batch)
 
     async def wait_for_batch(self, batch: Batch | str, *, on_progress: Callable[[Batch], object] | None = None) -> Batch:
         """Wait until a batch has ended and return it. `on_progress` is called with the batch now and after each change."""
@@ -343,14 +385,21 @@ class AsyncClient:
 
     async def batch_results(self, batch: Batch) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the lines of the output file and of the error file of a batch that has ended."""
+        output, errors = await self.batch_lines(batch)
+        return [line.model_dump() for line in output], [line.model_dump() for line in errors]
+
+    async def batch_lines(self, batch: Batch) -> tuple[list[BatchLine], list[BatchLine]]:
+        """Return what `batch_results` does as objects. A line of the output file has a custom_id and a response."""
         output, errors = [await self._lines(file) for file in (batch.output_file_id, batch.error_file_id)]
+        if any(line.custom_id is None or line.response is None for line in output):
+            raise ClientError(f"{batch.id}: a line of its output file has no custom_id or no response")
         return output, errors
 
-    async def _lines(self, file_id: str | None) -> list[dict[str, Any]]:
+    async def _lines(self, file_id: str | None) -> list[BatchLine]:
         if file_id is None:
             return []
-        response = await self._send("GET", f"/v1/files/{file_id}/content")
-        return [json.loads(line) for line in response.content.splitlines()]
+        response = await self._send("GET", f"/v1/files/{_id(file_id)}/content", max_bytes=MAX_FILE_BYTES)
+        return [_parse(BatchLine, line) for line in response.content.splitlines()]
 
     async def list_models(self) -> list[Model]:
         """Return the models of the server. The first is the default."""
@@ -361,43 +410,53 @@ class AsyncClient:
     ) -> A:
         body = {name: await self._uploaded(name, value) for name, value in fields.items() if value is not None}
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
-        return await self._request(model, "POST", path, json=body, headers=headers, timeout_s=timeout_s)
+        limit = MAX_FILE_BYTES if model is ImagesAnswer else None
+        return await self._request(model, "POST", path, json=body, headers=headers, timeout_s=timeout_s, max_bytes=limit)
 
-    async def _request(self, model: type[A], method: str, path: str, **options: Any) -> A:
-        return _parse(model, (await self._send(method, path, **options)).content)
+    async def _request(
+        self, model: type[A], method: str, path: str, *, named: Video | Batch | str | None = None, **options: Any
+    ) -> A:
+        """Send a request and parse the answer. `named`: what it must be about. Raises ClientError."""
+        return _about(named, _parse(model, (await self._send(method, path, **options)).content))
 
-    async def _send(self, method: str, path: str, *, timeout_s: float | None = None, **options: Any) -> httpx2.Response:
+    async def _send(
+        self, method: str, path: str, *, timeout_s: float | None = None, max_bytes: int | None = None, **options: Any
+    ) -> _Received:
         """Send a request and return the response with its body.
 
         The request is repeated after connection errors and `RETRIED_STATUS`. A request that creates something needs the header
         `Idempotency-Key`. `timeout_s`: seconds without any data; `None` is the client's default. `options`: of a request of
-        httpx2. Raises ApiError and ConnectionFailed.
+        httpx2. Raises ApiError and ConnectionFailed, and ClientError for a body of more than `max_bytes`, by default
+        `MAX_ANSWER_BYTES`.
         """
         timeout = httpx2.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         request = self._http.build_request(method, path, timeout=timeout, **options)
-        return await self._retry(lambda: self._send_once(request, stream=False))
+        limit = MAX_ANSWER_BYTES if max_bytes is None else max_bytes
 
-    async def _send_once(self, request: httpx2.Request, *, stream: bool) -> httpx2.Response:
-        with _connection_errors(request):
-            response = await self._http.send(request, stream=stream)
-            if response.is_success:
-                return response
-            try:
-                await response.aread()
-            finally:
-                await response.aclose()
-        raise _api_error(response)
+        async def send() -> _Received:
+            async with self._opened(request) as response:
+                content = await _read(response, limit)
+                if len(content) > limit:
+                    raise ClientError(f"{request.url}: the answer has more than {limit:,} bytes")
+                return _Received(response.headers, content)
+
+        return await self._retry(send)
 
     @asynccontextmanager
-    async def _stream(self, path: str, *, timeout_s: float, **options: Any) -> AsyncIterator[httpx2.Response]:
-        """Open a response to read its body piece by piece. Not repeated. Raises ApiError and ConnectionFailed."""
-        request = self._http.build_request("GET", path, timeout=_timeout(timeout_s), **options)
-        response = await self._send_once(request, stream=True)
-        try:
-            with _connection_errors(request):
+    async def _opened(self, request: httpx2.Request) -> AsyncIterator[httpx2.Response]:
+        """Open the response to a request. Not repeated. Raises ApiError and ConnectionFailed."""
+        with _connection_errors(request):
+            response = await self._http.send(request, stream=True)
+            try:
+                if not response.is_success:
+                    raise _api_error(response, await _read(response, MAX_ERROR_BYTES))
                 yield response
-        finally:
-            await response.aclose()
+            finally:
+                await response.aclose()
+
+    def _stream(self, path: str, *, timeout_s: float, **options: Any) -> AbstractAsyncContextManager[httpx2.Response]:
+        """Open a response to read its body piece by piece. Not repeated. Raises ApiError and ConnectionFailed."""
+        return self._opened(self._http.build_request("GET", path, timeout=_timeout(timeout_s), **options))
 
     async def _retry(self, call: Callable[[], Awaitable[R]]) -> R:
         """Call until it succeeds, the error is final or all attempts are used up. Then raise the last error."""
@@ -424,8 +483,8 @@ class AsyncClient:
     async def _poll(self, video: Video | str) -> tuple[Video, float]:
         """Return the state of a video, and the seconds until the next poll."""
         response = await self._send("GET", _path(video))
-        pause_ms = response.headers.get("openai-poll-after-ms", "")
-        return _parse(Video, response.content), int(pause_ms) / 1000 if pause_ms.isdecimal() else POLL_S
+        pause_s = _seconds(response.headers, "openai-poll-after-ms", 0.001)
+        return _about(video, _parse(Video, response.content)), POLL_S if pause_s is None else min(pause_s, MAX_PAUSE_S)
 
     async def _events(self, video: Video | str) -> AsyncGenerator[Video]:
         """Yield the video of each event. End early if the stream cannot be opened or breaks off."""
@@ -434,7 +493,7 @@ class AsyncClient:
                 async for event in httpx2.EventSource(response):
                     if event.event == "video.deleted":
                         return
-                    yield _parse(Video, event.data)
+                    yield _about(video, _parse(Video, event.data))
         except (ApiError, ConnectionFailed):
             # Polling reports the error if it persists.
             return
@@ -445,7 +504,7 @@ class AsyncClient:
         # A compressed body would not have the offsets of the file.
         headers = {"Accept-Encoding": "identity"}
         async with self._stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
-            suffix = SUFFIXES.get(response.headers.get("content-type", ""), ".bin")
+            suffix = _suffix_of(response.headers)
             target = path / f"{_id(video)}{suffix}" if path.is_dir() else path
             # A proxy may leave out both headers. Then the file is written in one piece.
             etag, length = response.headers.get("etag", ""), int(response.headers.get("content-length", 0))
@@ -457,7 +516,14 @@ class AsyncClient:
         if written < length:
             headers |= {"Range": f"bytes={written}-", "If-Range": etag}
             async with self._stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
-                await self._write(response, part, "ab" if response.status_code == httpx2.codes.PARTIAL_CONTENT else "wb")
+                is_rest = response.status_code == httpx2.codes.PARTIAL_CONTENT
+                if is_rest and not response.headers.get("content-range", "").startswith(f"bytes {written}-"):
+                    part.unlink()
+                    raise ConnectionFailed(f"{response.url}: the answer is another part of the file, must start at {written}")
+                written = await self._write(response, part, "ab" if is_rest else "wb")
+        if length and written != length:
+            part.unlink()
+            raise ClientError(f"{_id(video)}: got {written:,} bytes of its {variant}, must be {length:,}")
         part.replace(target)
         return target
 
@@ -466,7 +532,27 @@ class AsyncClient:
         with part.open(mode) as file:
             async for chunk in response.aiter_bytes():
                 file.write(chunk)
+                if file.tell() > MAX_DOWNLOAD_BYTES:
+                    raise ClientError(f"{response.url}: the file has more than {MAX_DOWNLOAD_BYTES:,} bytes")
             return file.tell()
+
+
+async def _read(response: httpx2.Response, max_bytes: int) -> bytes:
+    """Return a body, of a longer one the beginning, which has more than `max_bytes`."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > max_bytes:
+            break
+    return bytes(content)
+
+
+def _suffix_of(headers: Mapping[str, str]) -> str:
+    """Return the ending of the name of a file. Raises ClientError if the content is none of a video or an image."""
+    kind = headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+    if kind not in SUFFIXES:
+        raise ClientError(f"content type: got {kind[:100]!r}, must be that of a video or an image. Check the URL.")
+    return SUFFIXES[kind]
 
 
 def check_completed(video: Video) -> Video:
@@ -476,6 +562,11 @@ def check_completed(video: Video) -> Video:
     if video.status == "failed":
         raise JobFailed(video)
     return video
+
+
+def completed_video(line: BatchLine) -> Video:
+    """Return the video of a line of an output file. Raises ClientError if its response is none."""
+    return _parse(Video, json.dumps(None if line.response is None else line.response.body))
 
 
 def _parse(model: type[A], content: bytes | str) -> A:
@@ -490,12 +581,19 @@ def _parse(model: type[A], content: bytes | str) -> A:
         ) from None
 
 
+def _about(named: Video | Batch | str | None, answer: A) -> A:
+    """Return an answer that must have the id of what was asked for. Raises ClientError."""
+    if named is not None and getattr(answer, "id", None) != _id(named):
+        raise ClientError(f"The answer is about {getattr(answer, 'id', None)}, must be about {_id(named)}. Check the URL.")
+    return answer
+
+
 def _id(named: Video | Character | Batch | str) -> str:
-    """Return an id, which is part of URLs and of file names. Raises ClientError for other text."""
-    name = named if isinstance(named, str) else named.id
-    if not re.fullmatch(ID, name):
-        raise ClientError(f"id: got {name[:100]!r}, must be 1 to 64 letters, digits, - and _")
-    return name
+    """Return an id. Raises ClientError for other text, see `checked_id`."""
+    try:
+        return checked_id(named if isinstance(named, str) else named.id)
+    except ValueError as error:
+        raise ClientError(str(error)) from None
 
 
 def _path(video: Video | str) -> str:
@@ -511,34 +609,45 @@ def _connection_errors(request: httpx2.Request) -> Iterator[None]:
     """Raise ConnectionFailed instead of httpx2's errors."""
     try:
         yield
-    except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
+    except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.DecodingError, httpx2.TooManyRedirects) as error:
         raise ClientError(f"{request.url}: {error}") from error
     except httpx2.TransportError as error:
         raise ConnectionFailed(f"{request.url}: {str(error) or type(error).__name__}") from error
 
 
-def _api_error(response: httpx2.Response) -> ApiError:
+class _Error(Answer):
+    message: str
+    code: str | None = None
+    param: str | None = None
+
+
+class _ErrorBody(Answer):
+    error: _Error
+
+
+def _api_error(response: httpx2.Response, content: bytes) -> ApiError:
     try:
-        error = response.json()["error"]
-        message, code, param = str(error["message"]), error.get("code"), error.get("param")
-    except (ValueError, LookupError, TypeError, AttributeError):
+        error = _ErrorBody.model_validate_json(content).error
+    except ValidationError:
         # Not an error of vidgen-ray: a proxy answered.
-        message, code, param = response.text[:500].strip() or response.reason_phrase, None, None
+        text = content.decode("utf-8", "replace")[:500].strip()
+        error = _Error(message=text or response.reason_phrase)
     retryable = response.status_code in RETRIED_STATUS and response.headers.get("x-should-retry") != "false"
+    delay_s = _seconds(response.headers, "retry-after-ms", 0.001)
     return ApiError(
-        message,
+        error.message[:MAX_MESSAGE_LENGTH],
         status=response.status_code,
-        code=code,
-        param=param,
-        retry_after_s=_retry_after_s(response.headers),
+        code=error.code,
+        param=error.param,
+        retry_after_s=_seconds(response.headers, "retry-after", 1.0) if delay_s is None else delay_s,
         retryable=retryable,
     )
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            return float(headers[name]) * unit_s
-        except (KeyError, ValueError):
-            continue
-    return None
+def _seconds(headers: Mapping[str, str], name: str, unit_s: float) -> float | None:
+    """Return the value of a header in seconds, or `None` if it is missing or no duration."""
+    try:
+        seconds = float(headers[name]) * unit_s
+    except (KeyError, ValueError):
+        return None
+    return seconds if 0 <= seconds < math.inf else None

@@ -57,9 +57,7 @@ def file_of(image: Any, kind: Kind = "image") -> tuple[str, bytes]:
     if isinstance(image, str | PathLike):
         return Path(image).name, _read(Path(image), kind)
     if callable(getattr(image, "save", None)):
-        buffer = BytesIO()
-        image.save(buffer, "PNG", pnginfo=_mark_of(image))
-        return "image.png", buffer.getvalue()
+        return "image.png", _png_of(image)
     raise TypeError(f"image: got {type(image).__name__}, must be a path, bytes, a PIL image, a URL or an UploadedFile")
 
 
@@ -76,6 +74,20 @@ def _read(path: Path, kind: Kind) -> bytes:
     if len(content) > limit:
         raise ClientError(f"{path}: not sent, must be at most {limit // MB} MB")
     return content
+
+
+def _png_of(image: Image) -> bytes:
+    """Return an image as PNG, upright as a file of it is read: Pillow does not write its EXIF rotation. Raises ClientError."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    buffer = BytesIO()
+    try:
+        # The only mode of image files that PNG does not have.
+        (upright.convert("RGB") if upright.mode == "CMYK" else upright).save(buffer, "PNG", pnginfo=_mark_of(image))
+    except OSError as error:
+        raise ClientError(f"image: not sent: {error}") from None
+    return buffer.getvalue()
 
 
 def _mark_of(image: Image) -> PngInfo | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vidgen_client.async_client import DEFAULT_URL, KEY_VARIABLE, URL_VARIABLE, AsyncClient
 from vidgen_client.errors import ClientError
+
+if TYPE_CHECKING:
+    from mcp.server.mcpserver import MCPServer
 
 
 def mcp(
@@ -50,9 +56,37 @@ def mcp(
     server = make_server(client, folder.expanduser())
     try:
         if http is None:
-            server.run("stdio")
+            _serve_stdio(server)
         else:
-            server.run("streamable-http", host="127.0.0.1", port=http)
+            _serve_http(server, http)
     except KeyboardInterrupt:
         # Nothing is left to resume: jobs continue on the server.
         raise typer.Exit(130) from None
+
+
+def _serve_stdio(server: MCPServer) -> None:
+    """Serve standard input and output until the assistant closes one of them, or the process is interrupted."""
+    # The thread that reads standard input cannot be interrupted, and asyncio would wait for it.
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        server.run("stdio")
+    except BaseExceptionGroup as errors:
+        _, others = errors.split(BrokenPipeError)
+        if others is not None:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _serve_http(server: MCPServer, port: int) -> None:
+    """Serve HTTP on the loopback address. h11 limits the headers of a request, and idle connections are closed."""
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ClosesIdle(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            # uvicorn waits for the first request without a limit.
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    uvicorn.run(server.streamable_http_app(), host="127.0.0.1", port=port, http=ClosesIdle, ws="none")

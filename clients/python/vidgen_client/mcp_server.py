@@ -18,6 +18,7 @@ from mcp.types import CallToolResult, InputRequiredResult, ToolAnnotations
 from pydantic import Field
 
 from vidgen_client import AsyncClient, Batch, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
+from vidgen_client.async_client import completed_video
 from vidgen_client.models import Consent, Priority
 
 INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
@@ -172,6 +173,7 @@ class _Tools:
         ] = "video",
     ) -> str:
         """Save the file of a completed video or image in the download folder of this MCP server, and return its path."""
+        # An answer must be about this id, see AsyncClient.get_video. Its name is that of the file.
         video = await self._client.get_video(video_id)
         self._folder.mkdir(parents=True, exist_ok=True)
         if variant == "video":
@@ -199,9 +201,9 @@ class _Tools:
     ) -> tuple[Batch, Annotated[dict[str, str], Field(description="Number of the prompt -> id of its video, or error.")]]:
         """Return the state of a batch, and once it has ended the id of the video of each prompt. Call download for each."""
         batch = await self._client.get_batch(batch_id)
-        output, errors = await self._client.batch_results(batch)
-        ids = {each["custom_id"]: each["response"]["body"]["id"] for each in output}
-        return batch, ids | {str(each["custom_id"]): each["error"]["message"] for each in errors}
+        output, errors = await self._client.batch_lines(batch)
+        results = {str(line.custom_id): completed_video(line).id for line in output}
+        return batch, results | {str(line.custom_id): line.problem.message for line in errors}
 
     async def cancel_batch(self, batch_id: BatchId) -> Batch:
         """Cancel a batch. Its completed videos are kept."""
@@ -284,5 +286,7 @@ def _describe(video: Video) -> str:
     if video.eta_s is not None and not video.is_final:
         parts.append(f"about {video.eta_s:.0f} s left")
     if video.status == "completed":
-        parts.append(f"{video.size}, {video.seconds:g} s, seed {video.seed}" if video.num_frames != 1 else f"{video.size}")
+        parts.append(video.size or "unknown size")
+        if video.num_frames != 1 and video.seconds is not None:
+            parts.append(f"{video.seconds:g} s, seed {video.seed}")
     return ", ".join(parts)

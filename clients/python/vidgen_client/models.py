@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from base64 import b64decode
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Priority = Literal["low", "normal", "high"]
 Variant = Literal["video", "hd", "sd", "image", "thumbnail", "spritesheet", "preview"]
 """File of a video: the clip, a larger clip, the clip before upscaling, the first image, or a preview."""
-ID = r"[A-Za-z0-9_-]{1,64}"
-Id = Annotated[str, Field(pattern=f"^{ID}$")]
-"""Id of a job or a character. It becomes part of URLs and of file names."""
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+
+
+def checked_id(text: str) -> str:
+    """Return an id. No other text of a server becomes part of a URL or of a file name. Raises ValueError for other text."""
+    if not _ID.fullmatch(text):
+        raise ValueError(f"id: got {text[:100]!r}, must be 1 to 128 letters, digits, - and _, and start with a letter or digit")
+    return text
+
+
+Id = Annotated[str, AfterValidator(checked_id)]
+"""Id of a job, a character, a file or a batch."""
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Answer(BaseModel):
@@ -55,7 +65,7 @@ class Video(Answer):
     prompt: str = ""
     size: str | None = None
     """WIDTHxHEIGHT in pixels."""
-    seconds: float | None = None
+    seconds: NotNegative | None = None
     fps: int | None = None
     num_frames: int | None = None
     seed: int | None = None
@@ -67,11 +77,13 @@ class Video(Answer):
     """Steps of this stage. 0 if unknown."""
     queue_position: int | None = None
     """Queued jobs before this one."""
-    eta_s: float | None = None
+    eta_s: NotNegative | None = None
     """Estimate of the seconds left."""
-    inference_time_s: float | None = None
+    inference_time_s: NotNegative | None = None
     """Seconds that the stages took, without stages whose results were cached."""
-    cost: float | None = None
+    stage_durations: dict[str, NotNegative] = {}
+    """Stage -> seconds. Without stages whose results were cached."""
+    cost: NotNegative | None = None
     """Cost of a completed video. `None` if the server has no price."""
     remixed_from_video_id: str | None = None
     error: JobProblem | None = None
@@ -80,11 +92,10 @@ class Video(Answer):
     @classmethod
     def _read_cancelled(cls, data: Any) -> Any:
         # OpenAI's Video has no status for a cancelled job: servers answer `failed` with this code.
-        if (
-            isinstance(data, Mapping)
-            and data.get("status") == "failed"
-            and (data.get("error") or {}).get("code") == "cancelled"
-        ):
+        if not isinstance(data, Mapping) or data.get("status") != "failed":
+            return data
+        error = data.get("error")
+        if isinstance(error, Mapping) and error.get("code") == "cancelled":
             return {**data, "status": "cancelled"}
         return data
 
@@ -94,19 +105,28 @@ class Video(Answer):
         return self.status in ("completed", "failed", "cancelled")
 
 
+class ShotJob(Answer):
+    """Job with the fields of its shot."""
+
+    id: Id
+    shot: dict[str, Any]
+
+
 class Estimate(Answer):
     """Estimate of what a job takes. For a request with `n`, all its results together."""
 
-    render_s: float
+    render_s: NotNegative
     """Estimated seconds from the start of the job to its end. 0 if it is rendered already."""
-    gpu_seconds: float
+    gpu_seconds: NotNegative
     """Estimated seconds of the stages that run on a GPU."""
     queue_position: int
     """Queued jobs that would start before it."""
-    queue_wait_s: float
+    queue_wait_s: NotNegative
     """Estimated seconds in the queue."""
-    cost: float | None = None
+    cost: NotNegative | None = None
     """Cost of `gpu_seconds`. `None` if the server has no price."""
+    licences: list[dict[str, Any]] | None = None
+    """Weights behind the job, with their licences. `None` if the server does not name them."""
     is_rendered: bool = False
     """True if the files exist already, so that the job would be completed at once."""
     results: int = 1
@@ -119,7 +139,7 @@ class Estimate(Answer):
     """Upscaling factor."""
     hd_size: str | None = None
     """WIDTHxHEIGHT in pixels of the larger clip. `None` if there is none."""
-    seconds: float | None = None
+    seconds: NotNegative | None = None
     """Length of the clip."""
     fps: int | None = None
     num_frames: int | None = None
@@ -139,9 +159,9 @@ class GeneratedImage(Answer):
 
     id: Id | None = None
     """Id of its job, for `get_video` and `delete_video`."""
-    content: bytes = Field(repr=False)
+    content: Base64Bytes = Field(repr=False, validation_alias=AliasChoices("b64_json", "content"))
     """Encoded file."""
-    format: str
+    format: str = "png"
     """png, webp or jpeg."""
     size: str | None = None
     """WIDTHxHEIGHT in pixels."""
@@ -156,23 +176,21 @@ class GeneratedImage(Answer):
 class ImagesAnswer(Answer):
     """Answer of the image routes."""
 
-    data: list[dict[str, Any]]
+    data: list[GeneratedImage]
     output_format: str = "png"
     size: str | None = None
 
     @property
     def images(self) -> list[GeneratedImage]:
         """The decoded images."""
-        return [
-            GeneratedImage(id=each.get("id"), content=b64decode(each["b64_json"]), format=self.output_format, size=self.size)
-            for each in self.data
-        ]
+        common = {"format": self.output_format, "size": self.size}
+        return [each.model_copy(update=common) for each in self.data]
 
 
 class UploadedFile(Answer):
     """Uploaded image. Requests accept it in place of the image."""
 
-    id: str
+    id: Id
     bytes: int
 
 
@@ -192,9 +210,9 @@ class Batch(Answer):
     status: str
     """validating, in_progress, cancelling, completed, failed, expired or cancelled."""
     request_counts: BatchCounts = BatchCounts()
-    output_file_id: str | None = None
+    output_file_id: Id | None = None
     """File with the responses of completed lines."""
-    error_file_id: str | None = None
+    error_file_id: Id | None = None
     """File with the errors of all other lines."""
     errors: dict[str, Any] | None = None
     """Why the batch failed, or was cancelled by the server."""
@@ -203,6 +221,39 @@ class Batch(Answer):
     def is_final(self) -> bool:
         """True if the batch has ended."""
         return self.status in ("completed", "failed", "expired", "cancelled")
+
+
+class LineProblem(Answer):
+    """Why a line of a batch is not completed."""
+
+    message: str
+    code: str | None = None
+
+
+class LineResponse(Answer):
+    """Response to a line of a batch."""
+
+    status_code: int = 200
+    body: dict[str, Any]
+
+
+class BatchLine(Answer):
+    """Line of the output file or of the error file of a batch."""
+
+    custom_id: str | None = None
+    """`None` if the line that was sent has none."""
+    response: LineResponse | None = None
+    error: LineProblem | None = None
+
+    @property
+    def problem(self) -> LineProblem:
+        """Why the line is not completed: its error, or that of its response."""
+        if self.error is not None:
+            return self.error
+        try:
+            return LineProblem.model_validate((self.response or LineResponse(body={})).body["error"])
+        except (ValueError, LookupError):
+            return LineProblem(message="failed without a reason")
 
 
 PRINTABLE: JsonDict = {"pattern": r"^[^\x00-\x1f\x7f-\x9f]*[^\s\x00-\x1f\x7f-\x9f][^\x00-\x1f\x7f-\x9f]*$"}
@@ -222,7 +273,7 @@ class Consent(BaseModel):
         "or generated. demo: a photo that comes with vidgen, set automatically."
     )
     reference: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=1000,
         description="Where it is documented, such as a file name or a URL.",
