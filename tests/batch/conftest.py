@@ -57,7 +57,7 @@ class InProcessEngine(Engine):
         async with self._turn:
             on_admitted()
             try:
-                return await asyncio.to_thread(self._pipeline._render_planned, plan)
+                return await asyncio.to_thread(self._pipeline._render_unfinished, plan)
             except StepFailed as failed:
                 raise ShotFailed(failed.failure(), Kind.INPUT) from None
 
@@ -78,7 +78,7 @@ def short_waits(monkeypatch):
 @pytest.fixture
 def without_ray(monkeypatch):
     """Let a run connect to no Ray."""
-    monkeypatch.setattr(director, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(director, "connected", lambda *_, **__: nullcontext())
     monkeypatch.setattr(director, "expect_gpus", lambda _: None)
 
 

@@ -5,15 +5,18 @@ process, in simulated time. tests/chaos/test_model.py has random faults.
 """
 
 import asyncio
+import errno
 import json
 import math
 import re
 import shutil
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 
@@ -24,6 +27,7 @@ from vidgen_ray.batch import director as director_module
 from vidgen_ray.batch import render_script as render_module
 from vidgen_ray.batch.director import BREAKER_FAILURES
 from vidgen_ray.batch.render_script import render_shots
+from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RenderOptions
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.engine import Engine, Window
@@ -201,6 +205,34 @@ def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines
     assert statuses == dict.fromkeys(range(1, 22), "done")
 
 
+def test_lost_ray_leaves_one_row_for_each_finished_line(run_prompts, events, monkeypatch, tmp_path):
+    """Also for lines with a row of an earlier run. The process of the run ends then, so its folder is copied."""
+    run_prompts(["poison", "a ball", "a ball"])
+    out, lost = tmp_path / "1x80GB", tmp_path / "lost"
+    on_lost = []
+
+    def connected(*_, **hooks):
+        on_lost.append(hooks["on_lost"])
+        return nullcontext()
+
+    finished = iter(range(1, 100))
+
+    def end():
+        if next(finished) == 3:
+            with pytest.raises(SetupError, match="lost connection to Ray"):
+                on_lost[0]("lost connection to Ray")
+            shutil.copytree(out, lost)
+
+    monkeypatch.setattr(director_module, "connected", connected)
+    monkeypatch.setattr(RunResults, "_enter", lambda self, *args, enter=RunResults._enter: (enter(self, *args), end()))
+    run_prompts(["a ball"] * 20)
+    ids = pq.read_table(lost / "manifest").column("id").to_pylist()
+    assert sorted(ids) == ["s-1", "s-2", "s-3"]
+    assert "lost connection to Ray" in json.loads((lost / "run.json").read_text())["error"]
+    status = json.loads((lost / "status.json").read_text())
+    assert (status["ended"], status["error"]) == (True, "SetupError")
+
+
 def test_run_stops_if_no_worker_can_load_its_weights(run_prompts, monkeypatch):
     monkeypatch.setattr(FakeProcess, "unloadable", "the weights are damaged")
     error, statuses = run_prompts(["a ball"] * 3, "2x80GB")
@@ -295,3 +327,41 @@ def test_run_stops_at_its_maximum_cost_and_the_next_run_resumes(run_prompts, tmp
     shutil.rmtree(out / "manifest")
     run(7200)
     assert {(row.last_run, row.cost) for row in read_manifest(out)} == {("reused", 4.0)}
+
+
+def test_listener_that_always_raises_costs_nothing_and_is_named_in_the_status(run_prompts, events, tmp_path, monkeypatch):
+    for name in ("on_lines", "on_message", "on_rejected", "on_status"):
+        broken = Mock(side_effect=OSError(errno.EIO, "Input/output error"), __qualname__=name)
+        monkeypatch.setattr(events, name, broken)
+    # The lines that fail quarantine a worker, which is a message.
+    report, _ = run_prompts([*["poison"] * 5, *["a ball"] * 5, {"fps": 0}])
+    assert (report.done, report.failed, report.left) == (5, 6, 0)
+    messages = json.loads((tmp_path / "1x80GB" / "status.json").read_text())["messages"]
+    failed = [message.partition(" failed: ")[0] for message in messages if "Input/output error" in message]
+    assert sorted(failed) == ["on_lines", "on_message", "on_rejected", "on_status"]
+
+
+def test_error_of_the_watch_ends_the_run_with_its_message(run_prompts, monkeypatch):
+    for failure in (SetupError("of the watch"), KeyError("of the watch")):
+        with monkeypatch.context() as patch:
+            patch.setattr(StoragePause, "check", Mock(side_effect=[None] * 5 + [failure]))
+            try:
+                error, _ = run_prompts(["a ball"] * 3)
+            except KeyError as bug:
+                error = bug
+        assert error is failure
+
+
+def test_error_of_reading_lines_ends_the_run(simulated):
+    """The event loop would log it, and the run would wait for the lines."""
+    failure = KeyError("a bug")
+
+    async def error():
+        director = director_module.Director.__new__(director_module.Director)
+        director._changed, director._error = asyncio.Event(), None
+        director.accept = Mock(side_effect=failure)
+        director._start_reader(lambda: iter([[]]))
+        await director._changed.wait()
+        return director._error
+
+    assert asyncio.run(error()) is failure

@@ -53,6 +53,12 @@ SICK_CALLS = 30
 """Most calls that a GPU fails, while a sound one works."""
 MAX_GAP_S = 2.0
 """Longest time between two calls of a worker that has work: messages and inputs are on their way."""
+BAD_END_CLIPS = 18
+"""Longest time from the last good shot until the lines behind it have failed, in clips: six attempts each, in two windows."""
+AFTER_SUSPENSION_S = 20.0
+"""Seconds after a suspension within which a process that is lost may be lost because of it."""
+NOT_OF_CALLS, NODE_FAULT_S = ("node", "partition", "kill", "freeze", "driver_stop", "driver_kill", "lease_lost", "stop"), 3000.0
+"""Faults that end processes without a call, and seconds in which they may do so."""
 OVERTAKEN = 8
 """Most calls of younger shots, or of earlier stages, that overtake a call."""
 
@@ -75,8 +81,8 @@ class History:
         events = defaultdict(list)
         for event in world.history:
             events[event.kind].append(event)
-        self.faults, self.work, self.starts, self.raised, self.disorder = (
-            events[kind] for kind in ("fault", "work", "start", "raised", "disorder")
+        self.faults, self.work, self.starts, self.raised, self.unhandled, self.disorder = (
+            events[kind] for kind in ("fault", "work", "start", "raised", "unhandled", "disorder")
         )
         self.messages = [event.fields["text"] for event in events["message"]]
         self.runs, self.ended = ({event.fields["number"]: event.at for event in events[kind]} for kind in ("run", "ended"))
@@ -105,11 +111,26 @@ class History:
         self.drafts = events["draft"]
         self.pixels = [event for event in self.faults if event.fields["fault"] == "pixels"]
         self.can_hold = {event.fields["number"]: event.fields["can_hold"] for event in events["ended"]}
+        self.suspended = [(event.at, event.fields["until"]) for event in self.faults if event.fields["fault"] == "suspend"]
+        """Times in which all machines were suspended."""
+
+    def awake_s(self, begin, end):
+        """Return the seconds between two times in which the machines ran."""
+        return end - begin - sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self.suspended)
 
     def lease_ends(self, driver):
         """Return when a director lost its lease."""
         lost = [event.at for event in self.faults if event.fields["fault"] == "lease_lost" and event.fields["driver"] == driver]
         return min([*lost, self.runs.get(driver + 1, float("inf"))])
+
+    def is_hit(self, process, at):
+        """Return whether a fault may have ended a process that was lost soon after `at`."""
+        calls = {number for number, event in self.sent.items() if event.fields["call"].process is process}
+        hit = calls & {number for event in self.faults for number in event.fields["calls"]}
+        others = (event for event in self.faults if event.fields["fault"] in NOT_OF_CALLS)
+        return (
+            bool(hit) or process.frozen_until > 0 or any(at - NODE_FAULT_S < event.at < at + NODE_FAULT_S for event in others)
+        )
 
     def calls(self, shot, run, numbers):
         """Return the calls of a shot in a run that are among these."""
@@ -354,7 +375,9 @@ def check_stall(world, history):
         busy = [history.runs[driver.number]]
         busy += [event.at for event in history.sent.values() if event.fields["call"].driver is driver]
         busy += [event.at for event in history.rows[driver.number]]
-        busy += [event.at for event in history.faults if event.fields["fault"].startswith(("storage", "disk", "driver"))]
+        busy += [
+            event.at for event in history.faults if event.fields["fault"].startswith(("storage", "disk", "driver", "suspend"))
+        ]
         begin, end = history.runs[driver.number], history.ended.get(driver.number, 0.0)
         busy = sorted(at for at in busy if begin <= at <= end)
         for first, second in pairwise(busy):
@@ -365,9 +388,17 @@ def check_stall(world, history):
 def check_idle(world, history):
     """A worker that has never failed gets calls while calls for its stages wait behind others.
 
-    Not if it, its predecessor or several processes of its node were quarantined: it is on probation then.
+    Not if it, its predecessor or several processes of its node were quarantined: it is on probation then. A call that has been
+    on this worker, or on a predecessor, runs elsewhere.
     """
     busy, calls, intervals = defaultdict(list), defaultdict(list), history.busy()
+    tried = defaultdict(set)
+    for event in history.sent.values():
+        tried[event.fields["call"].actor].add(event.fields["call"].unit)
+
+    def could_run(process, call):
+        return {*call.stages} <= {*process.actor.spec.stages} and call.unit not in tried[process.actor]
+
     for event in world.history:
         process = event.fields.get("process")
         if event.kind in ("loaded", "gone") or (event.kind == "start" and OUTPUT not in event.fields["call"].stages):
@@ -376,16 +407,16 @@ def check_idle(world, history):
             # A call whose inputs do not arrive never starts.
             busy[event.fields["call"].process].append(event.at)
         if event.kind == "start" and event.at > history.sent[event.fields["call"].number].at + WAITED_S:
-            calls[event.fields["call"].driver].append((event.at, {*event.fields["call"].stages}))
+            calls[event.fields["call"].driver].append((event.at, event.fields["call"]))
     failed, quarantined = history.failed_processes(), history.quarantined(world)
     sick_nodes = {match[1] for text in history.messages if (match := re.search(r"\((\S+):\d+\) is quarantined: several", text))}
     for process, times in busy.items():
-        driver, stages = process.actor.driver, {*process.actor.spec.stages}
+        driver = process.actor.driver
         on_probation = process.life in sick_nodes or process.actor in quarantined
         if process in failed or process.frozen_until or not process.loaded or on_probation:
             continue
         for first, second in pairwise([*times, *([] if process.lost else [history.ended.get(driver.number, 0.0)])]):
-            others = sum(first + 60 < at < second and names <= stages for at, names in calls[driver])
+            others = sum(first + 60 < at < second and could_run(process, call) for at, call in calls[driver])
             # A call on a slow GPU may take that long.
             runs = any(begin <= first and over >= second for begin, over in intervals[process])
             if second - first > IDLE_S and others > IDLE_CALLS and not runs:
@@ -415,14 +446,17 @@ def check_given_up(world, history):
     for begin, end in history.outages():
         for driver in world.drivers:
             started, ended = history.runs[driver.number], history.ended.get(driver.number, float("inf"))
-            limit = max(begin, started) + world.wait_storage_s + PROBE_S + 2 * STALL_S * bool(driver.frozen)
+            is_stopped = driver.frozen or "suspend" in world.kinds
+            # Writes that had begun may succeed.
+            last = max(begin, started, *(at for at in history.known_commits(driver) if at < end))
+            limit = last + world.wait_storage_s + PROBE_S + 2 * STALL_S * bool(is_stopped)
             if limit < min(end, ended):
-                yield f"run {driver.number} waited from {max(begin, started):.0f} to {min(end, ended):.0f} s for the storage"
+                yield f"run {driver.number} waited from {last:.0f} to {min(end, ended):.0f} s for the storage"
 
 
 def check_frozen(world, history):
     """A process that does not respond is replaced in time."""
-    if {"driver_stop", "partition", "driver_kill"} & {*world.kinds}:
+    if {"driver_stop", "partition", "driver_kill", "suspend"} & {*world.kinds}:
         return
     for event in history.faults:
         process = event.fields.get("process")
@@ -447,14 +481,14 @@ def check_leftovers(world, history):
             ends += [later.at for later in drafts[n + 1 :] if later.fields["call"].driver is driver]
             limit = min(ends, default=float("inf")) + LEFT_S + sum(end - begin for begin, end in history.outages())
             limit += process.frozen_until if process.frozen_until else 0.0
-            is_hit = {"driver_stop", "partition"} & {*world.kinds} or call.number in history.hit
+            is_hit = {"driver_stop", "partition", "suspend"} & {*world.kinds} or call.number in history.hit
             if not is_hit and limit < min(draft.closed_at, process.gone_at, history.ended.get(driver.number, float("inf"))):
                 yield f"unfinished files of {shot} from {event.at:.0f} s were there at {limit:.0f} s"
 
 
 def check_tail(world, history):
     """A slow call is repeated if a worker has nothing to do."""
-    if {"driver_stop", "partition"} & {*world.kinds}:
+    if {"driver_stop", "partition", "suspend"} & {*world.kinds}:
         return
     times, sends = history.busy(), defaultdict(list)
     for event in history.sent.values():
@@ -493,13 +527,19 @@ def check_wrong_pixels(world, history):
 
 
 def check_sick(world, history):
-    """A sick GPU gets few calls while a sound one works."""
-    calls = Counter()
-    for event in history.faults:
-        if event.fields["fault"] == "sick" and event.fields.get("others"):
-            call = history.sent[event.fields["calls"][0]].fields["call"]
-            if OUTPUT not in call.stages:
-                calls[call.driver.number, call.actor.gpu] += 1
+    """A sick GPU gets few calls while a sound one works.
+
+    A call that fails on a second sick GPU counts against its shot, not against either of them.
+    """
+    failed, calls = defaultdict(set), Counter()
+    events = [event for event in history.faults if event.fields["fault"] == "sick"]
+    sent = [(event, history.sent[event.fields["calls"][0]].fields["call"]) for event in events]
+    for _, call in sent:
+        failed[call.driver, call.unit].add(call.actor)
+    for event, call in sent:
+        is_confirmed = len(failed[call.driver, call.unit]) > 1
+        if OUTPUT not in call.stages and event.fields["others"] and not is_confirmed:
+            calls[call.driver.number, call.actor.gpu] += 1
     for (run, _), number in calls.items():
         if number > SICK_CALLS:
             yield f"run {run}: a sick GPU got {number} calls"
@@ -544,14 +584,40 @@ def check_stop(world, history):
     for event in history.faults:
         driver = world.drivers[event.fields.get("driver", 1) - 1]
         end = history.ended.get(driver.number, float("inf"))
-        if event.fields["fault"] == "stop" and not driver.frozen and end > event.at + GRACE_S + 30:
-            yield f"run {driver.number} ended {end - event.at:.0f} s after the stop request"
+        took_s = history.awake_s(event.at, end)
+        if event.fields["fault"] == "stop" and not driver.frozen and took_s > GRACE_S + 30:
+            yield f"run {driver.number} ended {took_s:.0f} s after the stop request"
 
 
 def check_errors(world, history):
-    """Methods of actors raise nothing."""
+    """Methods of actors raise nothing, nor do callbacks of an event loop."""
     for event in history.raised:
         yield f"{event.fields['call'].method}: {event.fields['error']}"
+    for event in history.unhandled:
+        yield f"run {event.fields['driver']}: {event.fields['error']} in a callback"
+
+
+def check_end_of_script(world, history):
+    """Lines at the end of a script that fail everywhere are tried side by side."""
+    rows = history.rows[1] if world.kinds == [model.BAD_END] else []
+    last_good = max((event.at for event in rows if event.fields["status"] != "failed"), default=0.0)
+    clip_s = SECONDS["flux"] + SECONDS["svd"]
+    if rows and rows[-1].at > last_good + BAD_END_CLIPS * clip_s:
+        yield f"the last of {model.BAD_LINES} bad lines failed {rows[-1].at - last_good:.0f} s after the last good shot"
+
+
+def check_suspended(world, history):
+    """No process is killed because all were suspended."""
+    for begin, end in history.suspended:
+        for process in world.processes:
+            driver = process.actor.driver
+            is_killed = process.loaded_at < begin and end < process.gone_at < end + AFTER_SUSPENSION_S
+            if (
+                is_killed
+                and process.gone_at < history.ended.get(driver.number, float("inf"))
+                and not history.is_hit(process, end)
+            ):
+                yield f"process {process.pid} was gone {process.gone_at - end:.1f} s after a suspension"
 
 
 RULES = [rule for name, rule in [*globals().items()] if name.startswith("check_")]

@@ -33,8 +33,10 @@ from tests.conftest import SYNTHETIC
 from tests.fake_stages import profile_of_fakes
 from vidgen_ray import profile as profile_module
 from vidgen_ray.batch import director as director_module
+from vidgen_ray.batch import progress as progress_module
 from vidgen_ray.batch import results as results_module
 from vidgen_ray.batch.director import Director
+from vidgen_ray.batch.progress import RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.content_keys import ShotPlan, Step
@@ -63,6 +65,8 @@ LARGE_GB = 40.0
 """GPU memory of a worker that a `too_large` shot needs."""
 SMALL_SHARE = 0.36
 """GPU memory of the models on small GPUs, as a share of the usual one: all fit together on 24 GB."""
+LISTENER_FAILURES = 0.2
+"""Share of the callbacks of a listener that raise."""
 LORA_S = 3.0
 """Seconds in which a worker loads a LoRA. It keeps one."""
 SLOW_FACTOR = 8.0
@@ -80,8 +84,12 @@ RUN_FAULTS = ("stop", "driver_kill", "driver_stop", "lease_lost")
 SICK = ("sick_worker", "sick_node", "sick_pixels", "slow_gpu")
 SHOT_FAULTS = ("poison", "refused", "too_large", "unlike")
 CALLS, RUNS = (*CALL_FAULTS, *WRONG_DATA, *LOAD_FAULTS), (*TIMED_FAULTS, *STORAGE_FAULTS, *RUN_FAULTS, *SICK)
-FAULTS = (*CALLS, *RUNS, *SHOT_FAULTS, "all_poison")
+DRIVER_FAULTS = ("listener", "suspend")
+"""With `listener`, callbacks of the user raise. With `suspend`, no process runs for some time, as in a frozen control group."""
+FAULTS = (*CALLS, *RUNS, *SHOT_FAULTS, "all_poison", *DRIVER_FAULTS)
 """With `all_poison`, nearly every shot fails on every worker: the circuit breaker must stop the run."""
+BAD_END, BAD_LINES = "bad_end", 8
+"""Only if asked for: the last lines of the script fail on every worker."""
 SURVIVED = tuple(kind for kind in FAULTS if kind != "wrong_content")
 """Faults that cost no promise. Nothing finds a single result with wrong pixels of the right size under the right key. A GPU
 that makes them again and again (`sick_pixels`) is found by comparison."""
@@ -90,7 +98,7 @@ FAULTY_S = 400.0
 CALM_AFTER = 3
 """Runs after which no more faults happen."""
 MAX_RUNS = 8
-MAX_RUN_S = 8 * 3600.0
+MAX_RUN_S = 12 * 3600.0
 """Longest run: with pauses of the storage, lost nodes, and calls of an only, slow GPU that time out."""
 TAKEOVER_S = 130.0
 """Seconds after which another driver takes the lease of one that is stopped."""
@@ -326,16 +334,41 @@ class Manifest:
 
 
 class Listener:
-    """Ignores what a run reports, except for messages. Also replaces `RunMetrics`."""
-
-    def __init__(self, labels, on_quarantined=None, on_attempt=None):
-        self.labels, self.quarantined = labels, on_quarantined
+    """Logs messages. Some of its callbacks raise, as if a terminal was closed."""
 
     def on_message(self, message):
         WORLD.log("message", text=message)
+        self._end()
+
+    def __getattr__(self, name):
+        return lambda *_: self._end()
+
+    def _end(self):
+        if "listener" in WORLD.kinds and WORLD.edge_rng.random() < LISTENER_FAILURES:
+            raise OSError(errno.EIO, "the terminal is closed")
+
+
+class Metrics:
+    """Replaces `RunMetrics`."""
+
+    def __init__(self, labels, on_quarantined, on_attempt):
+        self.quarantined, self.attempt_ended = on_quarantined, on_attempt
 
     def __getattr__(self, name):
         return lambda *_: None
+
+
+class RunLog:
+    """Replaces the log of a run, and drops what is not wrong."""
+
+    def __init__(self, storage, run, status, may_write):
+        self._status = status
+
+    def add(self, **fields):
+        json.dumps(fields)
+
+    def close(self):
+        self._status().model_dump_json()
 
 
 class Driver:
@@ -343,7 +376,7 @@ class Driver:
 
     def __init__(self, world, number):
         self.world, self.number = world, number
-        self.loop = Loop(world.clock)
+        self.loop = Loop(world.clock, lambda error: world.log("unhandled", driver=number, error=repr(error)))
         self.stop = threading.Event()
         self.fleets = []
         self.task = self.loop.create_task(self._run())
@@ -359,13 +392,13 @@ class Driver:
         keeper = asyncio.ensure_future(self._refresh())
         planner = SimpleNamespace(outputs=outputs, plan_shot=plan_of, find=outputs.find_finished)
         run = f"run-{self.number}"
-        listener = Listener(RunLabels(run=run, name=None, profile="fake", script="s", team=None, submission_id=None))
-        recorded = RecordedOptions()
-        results = RunResults(outputs, listener.labels, self.lease, listener, None, recorded, is_script=True)
+        labels = RunLabels(run=run, name=None, profile="fake", script="s", team=None, submission_id=None)
+        listener = RunRecorder(outputs.storage, self.lease, labels, Listener())
+        results = RunResults(outputs, labels, self.lease, listener, None, RecordedOptions(), is_script=True)
         options = RenderOptions(address="simulated", cache="none", stages=STAGES, wait_storage_s=world.wait_storage_s)
         director = Director(world.profile, outputs, options, results, listener, self.stop, planner, None, self.lease)
         try:
-            with results:
+            with listener, results:
                 director.accept([world.planned(line) for line in world.script])
                 results.lines_read(complete=True)
                 if director.queue:
@@ -402,7 +435,7 @@ class World:
         """`lines`: of the script. Default: 10 to 28."""
         self._lines = lines
         self.seed, self.rng, self.clock = seed, random.Random(seed), Clock()
-        self.loop = Loop(self.clock)
+        self.loop = Loop(self.clock, self._failed)
         self.history = []
         self.numbers, self.pids, self.actors = count(1), count(1), []
         self.current = self.process = None
@@ -431,8 +464,11 @@ class World:
         self.could_hold = True
         """The usable nodes could hold all models when a director last looked at them."""
         rng = self.rng
-        chosen = [kind for kind in FAULTS if rng.random() < 0.25]
-        self.kinds = [kind for kind in chosen if kind in faults]
+        chosen = [kind for kind in FAULTS if kind not in DRIVER_FAULTS and rng.random() < 0.25]
+        # Drawn apart: all other faults of a seed are the same without these.
+        self.edge_rng = random.Random(f"edges {seed}")
+        chosen += [kind for kind in DRIVER_FAULTS if self.edge_rng.random() < 0.25]
+        self.kinds = [kind for kind in (*chosen, BAD_END) if kind in faults]
         self.rates = {kind: rng.choice((0.01, 0.05)) for kind in CALLS if kind in self.kinds}
         shape, gb = rng.choice(CLUSTERS)
         self.nodes = [Node(f"n{n}", [gb] * shape) for n in range(rng.randint(1 if shape > 1 and gb > 48 else 2, 3))]
@@ -466,13 +502,16 @@ class World:
         rng, lines = self.rng, []
         with_loras = rng.random() < 0.3
         is_long = "sick_pixels" in self.kinds and "all_poison" not in self.kinds
-        for number in range(1, (self._lines or rng.randint(10, 28) * (1 + 2 * is_long)) + 1):
+        lines_of_script = self._lines or rng.randint(10, 28) * (1 + 2 * is_long)
+        for number in range(1, lines_of_script + 1):
             fields = {"generate_video": rng.random() < 0.7, "upscale_video": rng.random() < 0.7}
             flaw = next((flaw for flaw in SHOT_FAULTS if flaw in self.kinds and rng.random() < 0.06), "")
             source = rng.choice(lines)[1].shot if lines and self.local and not flaw and rng.random() < 0.15 else None
             if "all_poison" in self.kinds and rng.random() < 0.97:
                 flaw, source = "poison", None
             prompt = f"shot {number}"
+            if BAD_END in self.kinds and number > lines_of_script - BAD_LINES:
+                prompt, source = f"poison error {number}", None
             if flaw:
                 prompt = f"{flaw} {rng.choice(('crash', 'hang', 'error'))} {number}"
             if source is not None and source.generate_video:
@@ -535,7 +574,11 @@ class World:
     def _spawned(self, task):
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            self._error = task.exception()
+            self._failed(task.exception())
+
+    def _failed(self, error):
+        """End the simulation: it has a bug."""
+        self._error = error
 
     def run(self):
         """Run until the last run has completed. Faults stop after some runs."""
@@ -815,6 +858,19 @@ class World:
                     from_start = kind in ("sick_pixels", "slow_gpu") and self.rng.random() < 0.7
                     self.spawn(self._strike(kind, driver, 0.0 if from_start else self.rng.uniform(5, FAULTY_S)))
 
+        if "suspend" in self.kinds and not self._calm:
+            self.spawn(self._suspend(self.edge_rng.uniform(5, FAULTY_S), self.edge_rng.choice((30, 300, 2000))))
+
+    async def _suspend(self, delay_s, seconds):
+        await asyncio.sleep(delay_s)
+        self.log("fault", fault="suspend", calls=[], shots=set(), own=False, until=self.now + seconds)
+        # What runs continues later. Only the drivers see that their clock has gone on.
+        self.loop.scheduled = [(when + seconds, *others) for when, *others in self.loop.scheduled]
+        for loop in (self.loop, *(driver.loop for driver in self.drivers)):
+            loop.frozen_until = max(loop.frozen_until, self.now + seconds)
+        await asyncio.sleep(seconds)
+        self.log("fault", fault="suspend over", calls=[], shots=set(), own=False)
+
     async def _strike(self, kind, driver, delay_s):
         await asyncio.sleep(delay_s)
         if driver.ended or self._calm:
@@ -1006,7 +1062,8 @@ def patched(world):
         patch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": world.store_bytes})
         patch.setattr(engine, "Fleet", world.fleet)
         patch.setattr(director_module, "live_cluster", world.live_cluster)
-        patch.setattr(director_module, "RunMetrics", Listener)
+        patch.setattr(director_module, "RunMetrics", Metrics)
+        patch.setattr(progress_module, "RunLog", RunLog)
         patch.setattr(director_module, "ids_that_failed_before", world.failed_before)
         # Polls take most of the time of a simulation.
         patch.setattr(director_module, "STOP_POLL_S", 10.0)

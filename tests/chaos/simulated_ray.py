@@ -51,12 +51,15 @@ class Handle:
 
 
 class Loop(asyncio.AbstractEventLoop):
-    """Event loop of one simulated process. Several share a clock."""
+    """Event loop of one simulated process. Several share a clock.
+
+    As in asyncio, an exception of a callback is reported to `on_exception`, and the loop goes on.
+    """
 
     get_debug = staticmethod(bool)
 
-    def __init__(self, clock):
-        self.clock = clock
+    def __init__(self, clock, on_exception):
+        self.clock, self._on_exception = clock, on_exception
         self.frozen_until = 0.0
         self.ready, self.scheduled = deque(), []
         self._numbers = count()
@@ -97,12 +100,18 @@ class Loop(asyncio.AbstractEventLoop):
             for _ in range(len(ready)):
                 handle = ready.popleft()
                 if handle.callback is not None:
-                    handle.context.run(handle.callback, *handle.args)
+                    self._run(handle)
         except KeyboardInterrupt:
             # Only this exception of a task is raised here, too.
             pass
         finally:
             asyncio._set_running_loop(None)
+
+    def _run(self, handle):
+        try:
+            handle.context.run(handle.callback, *handle.args)
+        except Exception as error:
+            self._on_exception(error)
 
     def discard(self):
         """End all tasks, as if the process was killed: what their `finally` blocks do has no effect."""
@@ -265,7 +274,7 @@ class Process:
         if call.is_control:
             await self._thaw()
             if call.method == "cancel":
-                self.cancelled.add(call.args[0])
+                self.cancelled.add(control_args[0])
             return self._invoke(call, control_args)
         # Ray fetches the inputs of a call while it waits behind others.
         inputs = self.world.spawn(self._inputs(call))

@@ -1,10 +1,7 @@
-"""Break the engine on purpose: the rule that is meant for it finds each broken place within 400 seeds.
-
-OFF switches mechanisms off, one by one."""
+"""Break the engine on purpose: the rule that is meant for it finds each broken place within 400 seeds."""
 
 import asyncio
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,16 +13,15 @@ from vidgen_ray.batch import director
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.shot_queue import ContinuedShots
-from vidgen_ray.engine import core, queues, shell, shots
+from vidgen_ray.engine import core, shell, shots
 from vidgen_ray.engine.actor_start import Ping
-from vidgen_ray.engine.attempts import Durations, FailedAttempt, next_place
-from vidgen_ray.engine.canary import Canary
+from vidgen_ray.engine.attempts import Durations, next_place
 from vidgen_ray.engine.core import Core
 from vidgen_ray.engine.encoder import Encoder
 from vidgen_ray.engine.engine import Engine, Window
 from vidgen_ray.engine.messages import Kind
-from vidgen_ray.engine.processes import Process, State, Table, Where
-from vidgen_ray.engine.queues import Lane, Queues
+from vidgen_ray.engine.processes import State, Table, Where
+from vidgen_ray.engine.queues import Lane
 from vidgen_ray.engine.shots import Shots
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.outputs.lease import Fence, Lease
@@ -97,15 +93,6 @@ def with_kinds(**kinds):
     return attempt_failed
 
 
-def with_calls(**changes):
-    """Return a method that changes each call."""
-
-    def asked(self, event, take=Core._on_Asked):
-        take(self, event._replace(call=event.call._replace(**changes)))
-
-    return asked
-
-
 def no_timeouts(self, process):
     if process.is_live:
         process.deadline = math.inf
@@ -128,60 +115,12 @@ def use_one(self, event, ready=Core._on_Ready):
         ready(self, event)
 
 
-def outside_of_blame(process, quarantines=Process.quarantines):
-    return 0 if sys._getframe(1).f_code.co_name == "_blame" else quarantines.__get__(process)
-
-
-def set_quarantines(process, number, quarantines=Process.quarantines):
-    quarantines.__set__(process, number)
-
-
-def keep_open(self, process, order, succeeded=Core._succeeded):
-    """Forget the failures of other shots before a success, without a verdict."""
-    process.failures.clear()
-    succeeded(self, process, order)
-
-
 async def ignore_stop(self):
     await asyncio.Event().wait()
 
 
-class Unforgiven(FailedAttempt):
-    """Failure that always counts against its process."""
-
-    is_forgiven = property(lambda self: False, nothing)
-
-
-class Forgiven(FailedAttempt):
-    """Failure that, once forgiven, never counts against its process."""
-
-    _is_forgiven = False
-
-    @property
-    def is_forgiven(self):
-        return self._is_forgiven
-
-    @is_forgiven.setter
-    def is_forgiven(self, value):
-        self._is_forgiven |= value
-
-
-def confirm_nothing(failures, *args):
-    return None if failures and all(each.kind is Kind.INPUT for each in failures) else next_place(failures, *args)
-
-
-def on_any_node(failures, *args):
-    where = next_place(failures, *args)
-    return where and (Where(frozenset(each.process for each in failures)) if where.not_nodes else where)
-
-
 def anywhere(*args):
     return None if next_place(*args) is None else Where()
-
-
-def no_checks_blamed(self, failed, request, blame=Core._blame):
-    if request.repetition is None:
-        blame(self, failed, request)
 
 
 def youngest_first(self, entry, push=Lane.push):
@@ -195,52 +134,6 @@ def earliest_stage_first(self, name, spec, add=Table.add):
     process.pool.stages = tuple(sorted(spec.stages, key=self.positions.__getitem__))
     return process
 
-
-def copy_only(self, running):
-    running.check = self.now + self.limits.min_slow_s
-    request = running.request
-    if request is not None and self.now - running.began > self.limits.copy_factor * self.durations.expected_s(request.call):
-        self._copy(request)
-
-
-OFF = {
-    "quarantine": limits(failures=10**9),
-    "after a quarantine one failure is enough": (Process, "quarantines", property(outside_of_blame, set_quarantines)),
-    "giving up": limits(max_quarantines=10**9),
-    "pings": (shell, "ping", always(Ping.UP)),
-    "deadline of cancelled calls": limits(cancel_s=1e9),
-    "grace after a stopped driver": limits(late_s=1e9),
-    "late results": (Core, "_on_Returned", no_late_results),
-    "replanning": (Engine, "needs_other_layout", False),
-    "attempts in doubt": limits(in_doubt_factor=1),
-    "waiting for evidence": limits(evidence_s=0.0),
-    "verdict: sick": (core, "counting", list),
-    "verdict: well": (Core, "_succeeded", keep_open),
-    "forgiving confirmed errors": (core, "is_confirmed", nothing),
-    "forgiving refusals": (core, "FailedAttempt", Unforgiven),
-    "counting forgiven errors later": (core, "FailedAttempt", Forgiven),
-    "confirming a refusal": (core, "next_place", confirm_nothing),
-    "next attempt on another process": (core, "next_place", anywhere),
-    "next attempt on another node": (core, "next_place", on_any_node),
-    "next attempt on a larger GPU": (Table, "largest_gb", lambda *_: 0.0),
-    "limit of failures of a shot": limits(max_failures=10**9),
-    "shared crash: runs alone": (Core, "_attempt_failed", with_kinds(SHARED_CRASH=Kind.NOT_RUN)),
-    "outages add up": (StoragePause, "written", nothing),
-    "unfinished files of cancelled shots": (Encoder, "cancel", nothing),
-    "canary": (Canary, "finished", nothing),
-    "failed checks count": (Core, "_blame", no_checks_blamed),
-    "copy of a slow call": limits(copy_factor=math.inf),
-    "calls behind a slow call run elsewhere": (Core, "_check_slow", copy_only),
-    "oldest shot first": (Lane, "push", youngest_first),
-    "latest stage first": (Table, "add", earliest_stage_first),
-    "prefetch": (queues, "MAX_PREFETCH_LOAD", 1.0),
-    "prefetch only if enough waits": (Queues, "_is_enough", lambda *_: True),
-    "LoRA affinity": (Process, "has_active", lambda *_: True),
-    "near data": (Core, "_on_Asked", with_calls(near=None)),
-    "sharing of equal steps": (Core, "_on_Asked", with_calls(is_shared=False)),
-    "kept results": (shots, "MAX_KEPT_RESULTS", 0),
-}
-"""Mechanism -> what switches it off."""
 
 BROKEN = {
     "fence": ("lease", (Fence, "check", nothing)),
@@ -275,6 +168,14 @@ BROKEN = {
     "circuit breaker": ("breaker", (director, "BREAKER_FAILURES", 10**6)),
     "chain of shots": ("one_row", (ContinuedShots, "failed", lambda *_: [])),
     "stop request": ("stop", (Director, "_watch_stop", ignore_stop)),
+    "quarantine": ("sick", limits(failures=10**9)),
+    "pings": ("frozen", (shell, "ping", always(Ping.UP))),
+    "replanning": ("stopped", (Engine, "needs_other_layout", False)),
+    "late results": ("commit_once", (Core, "_on_Returned", no_late_results)),
+    "next attempt on another process": ("fine", (core, "next_place", anywhere)),
+    "unfinished files of cancelled shots": ("leftovers", (Encoder, "cancel", nothing)),
+    "oldest shot first": ("overtaken", (Lane, "push", youngest_first)),
+    "latest stage first": ("overtaken", (Table, "add", earliest_stage_first)),
 }
 """Place -> rule that finds it if it is broken, and what breaks it."""
 

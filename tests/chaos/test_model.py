@@ -10,7 +10,7 @@ from statistics import mean
 import pytest
 
 from tests.chaos.history import check, figures, printed
-from tests.chaos.model import FAULTS, SURVIVED, worlds
+from tests.chaos.model import BAD_END, FAULTS, SURVIVED, worlds
 
 SEEDS = int(os.environ.get("VIDGEN_SEEDS", "200"))
 GROUPS = 2
@@ -31,6 +31,11 @@ def test_rules_hold_for_every_seed(group):
             print(printed(world))  # noqa: T201  # what the option is for
         found += [f"VIDGEN_SEED={world.seed} {rule}: {text}" for rule, text in check(world)]
     assert not found, "\n".join(["broken rules:", *found])
+
+
+def test_bad_lines_at_the_end_are_tried_side_by_side():
+    made = [check(world) for world in worlds(range(3), [BAD_END], lines=40)]
+    assert not [text for broken in made for rule, text in broken if rule == "end_of_script"]
 
 
 CALM_SEEDS = (11, 15, 19, 22, 25, 34, 35, 39)

@@ -1,6 +1,7 @@
 """Simulated processes that carry out the commands of an engine's core, in simulated time. Each event is checked."""
 
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,9 +32,28 @@ FAILURES = {
     "foreign": Kind.FOREIGN,
 }
 """Fault of a call -> kind of its failure. `broken` and `unloaded` also say so of the process."""
-FAULTS = (*FAILURES, "crash", "hang", "slow", "wrong")
-"""All faults. `wrong`: the result of another shot."""
+FAULTS = (*FAILURES, "crash", "hang", "slow", "wrong", "unusual")
+"""All faults. `wrong`: the result of another shot. `unusual`: a result that no other worker must make."""
 FLUX = WorkerSpec(("flux",), 1, 1)
+
+
+def instructions(function: Callable[[], object]) -> int:
+    """Return how many instructions of Python a function runs: its cost, without noise."""
+    number = 0
+
+    def trace(frame, kind, _):
+        nonlocal number
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        number += kind == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return number
 
 
 @dataclass(eq=False)
@@ -51,6 +71,7 @@ class Proc:
     images: Iterator[str] = field(default_factory=lambda: iter(()))
     """What the images of each process look like. The last one stays."""
     image: str = ""
+    device: str = "gpu"
     life: int | None = None
     """`None` if no process runs."""
     pid: int = 0
@@ -151,6 +172,11 @@ class Farm:
     def stop_driver(self, seconds: float) -> None:
         """Read no event for some time. Then timers come first."""
         self._stopped_until = self.now + seconds
+
+    def suspend(self, seconds: float) -> None:
+        """Stop the driver and all processes for some time."""
+        self.stop_driver(seconds)
+        self._todo = [(when + seconds, number, what) for when, number, what in self._todo]
 
     def run(self, until: float = math.inf) -> None:
         """Run until all calls have ended, or until a time."""
@@ -288,5 +314,7 @@ class Farm:
             steps = tuple(StepTime(stage, key, process.seconds) for stage, key in zip(call.stages, keys, strict=False))
             others = () if send.repetition is None else send.repetition.others
             differences = tuple(0.0 if other.data == process.image else 255.0 for other in others)
-            self.tell(m.Returned(name, life, number, Result(steps, "gpu", True, differences, process.image)))
+            self.tell(
+                m.Returned(name, life, number, Result(steps, process.device, fault != "unusual", differences, process.image))
+            )
         self._begin(process)

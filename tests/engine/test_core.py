@@ -7,10 +7,12 @@ from itertools import count, pairwise, repeat
 import numpy as np
 import pytest
 
-from tests.engine.farm import CALL_S, FLUX, SILENT_S, Farm, Proc
+from benchmarks import core_events
+from tests.engine.farm import CALL_S, FLUX, SILENT_S, START_S, Farm, Proc, instructions
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.attempts import RECENT_CALLS, Durations
 from vidgen_ray.engine.canary import MAX_BLOCK_DIFFERENCE
+from vidgen_ray.engine.core import Core
 from vidgen_ray.engine.messages import OUTPUT, Call, Result, StepTime
 from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.engine.supervision import NODE_LOST
@@ -84,6 +86,15 @@ def test_next_attempt_and_cause(nodes, faults, tried, blamed):
     assert {row.name for row in rows if any(not each.is_forgiven for each in row.failures)} == set(blamed)
     assert farm.quarantined == []
     assert not any(process.kills for process in farm.procs.values())
+
+
+@pytest.mark.parametrize("fault", ["unloaded", "broken"])
+def test_process_without_weights_or_with_a_broken_context_is_replaced_and_only_the_second_costs_an_attempt(fault):
+    farm = ready(Proc("a", fault=outcomes(fault)), Proc("b", seconds=300))
+    farm.ask(2, near="b")
+    assert render(farm, [1]) == ["a" if fault == "unloaded" else "b"]
+    assert len(farm.commands(m.Start)) == 3
+    assert farm.procs["a"].kills == (fault == "broken")
 
 
 def test_one_node_cannot_make_an_error_final():
@@ -239,6 +250,34 @@ def test_shot_has_more_attempts_while_nothing_shows_whether_the_processes_are_si
     assert len(set(farm.sent[1])) == len(farm.sent[1]) == farm.failure(1).attempts == most
 
 
+def test_bad_lines_at_the_end_of_a_script_are_tried_side_by_side():
+    """The further attempts of one are no evidence for another one."""
+    farm = ready(*(Proc(name) for name in "abcdefghijkl"), flaws=dict.fromkeys(range(12, 18), "error"))
+    assert [order for order, by in enumerate(render(farm, range(18))) if by is None] == list(range(12, 18))
+    assert {len(farm.sent[order]) for order in range(12, 18)} == {6}
+    assert farm.now - max(farm.ended_at[call] for call in farm.calls if farm.by(call)) < 7 * CALL_S
+
+
+def test_event_costs_the_same_with_any_number_of_bad_lines(monkeypatch):
+    def cost(processes):
+        costs = []
+
+        class CountingCore(Core):
+            def handle(self, event, now):
+                commands = []
+                # The function is traced in each 16th event, because it is slow then.
+                handle = lambda: commands.extend(super(CountingCore, self).handle(event, now))  # noqa: E731
+                handle() if next(numbers) % 16 else costs.append(instructions(handle))
+                return commands
+
+        numbers, shots = count(), 6 * processes
+        monkeypatch.setattr(core_events, "Core", CountingCore)
+        core_events.Run(processes, shots, bad=core_events.spread(shots, 12)).run()
+        return sum(costs) / len(costs)
+
+    assert cost(80) < 1.25 * cost(8)
+
+
 def test_errors_of_a_process_that_is_quarantined_later_do_not_count():
     farm = ready(Proc("a", fault="error", seconds=1), Proc("b", load_s=20), attempts=1)
     assert render(farm, range(3)) == ["b"] * 3
@@ -253,7 +292,16 @@ def test_failures_of_a_process_that_is_gone_count_against_neither_its_successor_
     farm = ready(Proc("a", spec=ENCODER, fault=outcomes("unwritten", "node")), attempts=1)
     calls = [farm.ask(order, OUTPUT) for order in (1, 2)]
     farm.run()
-    assert [farm.by(call) for call in calls] == ["a", "a"]
+    assert ([farm.by(call) for call in calls], farm.quarantined) == (["a", "a"], ["a"])
+    farm = ready(Proc("a", fault=outcomes(*["error"] * 3)), Proc("b", load_s=100))
+    for order in (1, 2):
+        farm.ask(order)
+    farm.run(until=25)
+    farm.crash("a", node="n2")
+    farm.run(until=30)
+    farm.ask(3, near="a")
+    farm.run()
+    assert ("a" in farm.sent[3], farm.quarantined) == (True, [])
 
 
 def test_retry_waits_for_no_younger_call_and_for_no_process_that_starts():
@@ -308,12 +356,61 @@ def test_calls_of_a_process_that_does_not_respond_run_again_alone():
     assert [later - when for when, later in pairwise(repeated)] == [100, 100]
 
 
-def test_driver_that_was_stopped_kills_nothing():
+@pytest.mark.parametrize("stop", [Farm.stop_driver, Farm.suspend])
+def test_driver_that_was_suspended_alone_or_with_all_processes_kills_nothing(stop):
     """Timers end before it has read the results that came meanwhile."""
-    farm = ready(Proc("a", seconds=590), Proc("b", load_s=290))
-    farm.after(1, lambda: farm.stop_driver(1000))
-    assert render(farm, [1]) == ["a"]
-    assert [process.kills for process in farm.procs.values()] == [0, 0]
+    farm = ready(Proc("a", seconds=590), Proc("b", load_s=290), Proc("encoder", spec=ENCODER, seconds=590), attempts=1)
+    for when in (1, 400):
+        farm.after(when, lambda: stop(farm, 5000))
+    calls = [farm.ask(1), farm.ask(2, OUTPUT, timeout_s=600)]
+    farm.run()
+    assert [farm.by(call) for call in calls] == ["a", "encoder"]
+    assert [process.kills for process in farm.procs.values()] == [0, 0, 0]
+    assert farm.core.table.rows["b"].is_live
+
+
+@pytest.mark.parametrize("suspended_s", [0, 5000])
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_shot_waits_for_evidence_until_the_last_call_of_another_shot_has_ended_or_failed(suspended_s, is_bad):
+    flaws = {1: "error", 2: "error" if is_bad else ""}
+    farm = ready(*(Proc(name, seconds=3) for name in "abc"), Proc("long", seconds=300), flaws=flaws, attempts=2)
+    farm.ask(2, near="long")
+    farm.after(10, lambda: farm.suspend(suspended_s))
+    assert render(farm, [1]) == [None]
+    (long,) = (send.number for _, send in farm.commands(m.Send) if send.process == "long" and send.call.order == 2)
+    (ended,) = (when for when, each in farm.commands(m.Ended) if each.number == long)
+    _, _, third, *_ = (when for when, send in farm.commands(m.Send) if send.call.order == 1)
+    assert third == pytest.approx(ended, abs=1)
+
+
+def test_shot_fails_as_soon_as_its_processes_have_finished_calls_of_others_though_more_evidence_may_come():
+    farm = ready(
+        *(Proc(name, seconds=3) for name in "ab"), *(Proc(name, seconds=300) for name in "cd"), flaws={1: "error"}, attempts=2
+    )
+    long = [farm.ask(order, near=name, costs=(100.0,)) for order, name in ((2, "c"), (3, "d"))]
+    bad = farm.ask(1)
+    farm.run(until=20)
+    for order in (4, 5):
+        farm.ask(order)
+    farm.run(until=100)
+    assert (farm.by(bad), farm.open) == (None, {*long})
+
+
+def test_suspended_call_is_neither_copied_nor_taken_for_late_before_its_result_was_read():
+    farm = Farm(Proc("a", seconds=12), Proc("b", seconds=12))
+    render(farm, range(5))
+    farm.ask(5)
+    farm.after(2, lambda: farm.suspend(5000))
+    farm.run()
+    assert len(farm.sent[5]) == 1
+    farm = ready(Proc("a", fault="hang"))
+    farm.ask(1)
+    ((running,),) = (row.calls.values() for row in farm.core.table.rows.values())
+    farm.after(LIMITS.floor_s - 1, lambda: farm.ask(2))
+    farm.after(LIMITS.floor_s - 0.5, lambda: farm.stop_driver(1000))
+    running.deadline = farm.core.now + LIMITS.floor_s
+    farm.run(until=farm.now + LIMITS.floor_s + 1000)
+    assert running.deadline >= farm.now + LIMITS.late_s - 1
 
 
 @pytest.mark.parametrize(("fault", "kills"), [("slow", 0), ("hang", 1)])
@@ -338,6 +435,30 @@ def test_copy_of_a_call_that_hangs_is_not_copied():
     farm.ask(5)
     farm.run(until=farm.now + LIMITS.floor_s + 30)
     assert (len(farm.sent[5]), len(farm.commands(m.Kill))) == (2, 1)
+
+
+def test_slow_call_whose_process_is_lost_does_not_run_a_third_time():
+    fault = outcomes("slow", first=5)
+    farm = Farm(*(Proc(name, fault=fault) for name in "abc"))
+    render(farm, range(5))
+    farm.ask(5)
+    while len(farm.sent[5]) < 2:
+        farm.run(until=farm.now + 1)
+    name = farm.sent[5][0]
+    farm.tell(m.Died(name, farm.procs[name].life, (), "its connection is lost"))
+    farm.run()
+    assert len(farm.sent[5]) == 2
+
+
+def test_next_attempt_of_a_call_that_was_copied_is_copied_too():
+    fault = outcomes("hang", "error", "slow", first=5)
+    farm = Farm(*(Proc(name, fault=fault) for name in "abcd"))
+    render(farm, range(5))
+    begun = farm.now
+    (by,) = render(farm, [5])
+    assert len(farm.sent[5]) == 4
+    assert by == farm.sent[5][-1]
+    assert farm.now < begun + LIMITS.floor_s + 10 * CALL_S
 
 
 def test_calls_behind_a_long_one_go_to_an_idle_process():
@@ -383,14 +504,18 @@ def test_shared_call_is_computed_once_and_fails_only_the_first_asker():
     assert [(farm.by(call), farm.ended[call].is_first) for call in calls] == [("a", True), ("a", False), ("a", False)]
     assert farm.sent == {1: ["a"]}, "the age of the oldest shot counts"
     farm = Farm(Proc("a", spec=FACE, fault=outcomes(*["error"] * 3)))
-    calls = [farm.ask(order, "instantid", **fields) for order in (1, 2, 3, 4)]
+    calls = [farm.ask(order, "instantid", **fields) for order in (1, 3, 2, 4)]
     farm.withdraw(calls[3])
     farm.run()
     assert [farm.by(call) for call in calls[:3]] == [None, "a", "a"]
-    first, second = (farm.ask(order, "instantid", **fields) for order in (5, 6))
+    assert list(farm.sent) == [1, 2], "the age of the oldest of the others counts"
+    fields["is_prefetched"] = False
+    before = farm.ask(4, "instantid", keys=("another",))
+    first, *others = (farm.ask(order, "instantid", **fields) for order in (5, 7, 6))
     farm.withdraw(first)
     farm.run()
-    assert (farm.by(second), len(farm.sent[5])) == ("a", 1)
+    assert [farm.by(call) for call in (before, *others)] == ["a"] * 3
+    assert list(farm.sent)[2:] == [4, 6]
 
 
 def test_shared_call_whose_first_asker_is_withdrawn_while_the_storage_is_down_runs_for_the_others():
@@ -413,6 +538,13 @@ def test_process_that_cannot_load_three_times_is_given_up(load):
     farm.run(until=2000)
     assert (list(farm.core.given_up), farm.core.fatal_failure) == (["a"], None)
     assert [each.process for _, each in farm.commands(m.Start)].count("a") == LIMITS.load_attempts
+
+
+def test_failed_loads_before_a_success_do_not_count():
+    farm = ready(Proc("a", loads=iter(["RuntimeError"] * 2 + ["", "RuntimeError"])))
+    farm.run(until=20)
+    farm.crash("a")
+    assert (render(farm, [1]), farm.core.given_up) == (["a"], {})
 
 
 def test_setup_error_of_the_first_load_is_fatal_and_fails_the_calls_that_wait():
@@ -469,6 +601,38 @@ def test_retry_does_not_wait_for_a_process_that_takes_no_more_calls():
     retried = farm.ask(1)
     farm.run()
     assert (farm.by(retried), farm.ended_at[retried] < 5 * CALL_S) == ("a", True)
+
+
+def test_retry_runs_where_it_has_failed_once_the_only_other_process_has_left():
+    farm = ready(*(Proc(name, fault=of_shot(1, "error"), seconds=1) for name in "ab"), Proc("leaves", seconds=300))
+    farm.ask(2, near="leaves")
+    farm.ask(1)
+    farm.run(until=20)
+    farm.tell(m.Removed("leaves"))
+    assert farm.sent[1] == ["a", "b", "a"]
+
+
+def test_retry_runs_where_it_has_failed_once_the_only_other_process_has_started_on_the_same_node():
+    farm = ready(Proc("a", fault="error"), Proc("b", fault="error"))
+    # It starts shortly before the second error.
+    farm.after(2 * CALL_S - START_S / 2, lambda: farm.add(Proc("c", load_s=100)))
+    farm.ask(1)
+    farm.run(until=50)
+    assert farm.sent[1][:3] == ["a", "b", "a"]
+
+
+def test_processes_take_more_calls_as_soon_as_the_last_call_that_must_run_alone_has_begun():
+    """Two calls run alone, because their process crashed. Another process works on a chunk."""
+    farm = ready(Proc("a"), Proc("b", seconds=100))
+    farm.ask(0, near="b", load=1 / 4)
+    alone = [farm.ask(order, near="a", near_load=1.0, load=1 / 2) for order in (1, 2)]
+    farm.after(1, lambda: farm.crash("a"))
+    farm.after(2, lambda: farm.ask(3, load=1 / 4))
+    farm.run(until=50)
+    sends = [(send.call.order, send.process, when) for when, send in farm.commands(m.Send)]
+    (began,) = (when for order, process, when in sends if process == "b" and order == 3)
+    assert began == max(when for order, _, when in sends if order in (1, 2))
+    assert [farm.by(call) for call in alone] == ["a", "a"]
 
 
 # Servers and encoders
@@ -579,6 +743,24 @@ def test_workers_that_all_differ_stay_in_use(images):
     assert farm.checks["differs"] > 3
 
 
+def test_workers_with_other_gpus_or_drivers_are_not_compared():
+    farm = checked(*(Proc(device, image=device, device=device) for device in ("H100", "A100")), shots=CHECKS.checked_calls)
+    assert not farm.checks
+
+
+def test_worker_that_is_gone_is_not_checked_again():
+    """A third worker decides whether it was sick, and its result is not comparable."""
+    third = Proc("c", image="c", fault=lambda call: "" if call.is_checked else "unusual")
+    farm, orders = Farm(Proc("a", image="a"), Proc("b", image="b"), third, limits=CHECKS), count()
+    while not any(check.first and request.running for request, check in farm.core.canary.checks.items()):
+        farm.ask(next(orders), is_checked=True)
+        farm.run(until=farm.now + CALL_S / 6)
+    ((_, check),) = farm.core.canary.checks.items()
+    farm.tell(m.Removed(check.due.name))
+    farm.run()
+    assert farm.checks["not comparable"]
+
+
 @pytest.mark.parametrize("fault", ["error", "crash", "hang"])
 def test_check_that_fails_counts_as_an_error_of_its_worker_and_is_not_repeated_at_once(fault):
     worker = Proc("a", fault=lambda call: "" if call.is_checked else fault)
@@ -596,6 +778,16 @@ def test_check_that_waits_while_the_engine_is_lost_runs_later():
     farm.add(Proc("c"))
     farm.run(until=farm.now + 5 * CALL_S)
     assert (farm.checks["done"], farm.core.canary.checks) == (1, {})
+
+
+def test_check_that_waits_for_a_worker_that_is_released_is_dropped():
+    farm, orders = Farm(Proc("a"), Proc("b"), limits=CHECKS), count()
+    while not any(check.entry for check in farm.core.canary.checks):
+        farm.ask(next(orders), is_checked=True)
+        farm.run(until=farm.now + CALL_S / 6)
+    (check,) = farm.core.canary.checks
+    farm.tell(m.Removed(check.where.only, released=True))
+    assert farm.core.canary.checks == {}
 
 
 def test_long_runs_check_at_their_interval_and_short_ones_not_at_all():

@@ -36,6 +36,7 @@ ACTIONS = {
     "add": st.sampled_from(sorted(SPECS)),
     "withdraw": st.integers(0, 8),
     "stop driver": st.sampled_from((3.0, 30.0, 700.0)),
+    "suspend": st.sampled_from((30.0, 700.0, 5000.0)),
     "storage": st.sampled_from((10.0, 400.0)),
 }
 """Kind -> its details."""
@@ -100,6 +101,8 @@ class RandomFarm(Farm):
                 self.withdraw(call)
         elif kind == "stop driver":
             self.stop_driver(what)
+        elif kind == "suspend":
+            self.suspend(what)
         elif kind == "storage":
             self.storage_down_until = self.now + what
 

@@ -19,7 +19,6 @@ from vidgen_ray.bench.tiny_networks import write_random_lora
 from vidgen_ray.engine import gpu_group
 from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.errors import Cancelled, StageError
-from vidgen_ray.render.oom_fallback import is_out_of_memory
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import context_parallel, speed
 from vidgen_ray.stages.base import FaceFeatures, Item, progress_callback
@@ -27,6 +26,7 @@ from vidgen_ray.stages.flux import FluxParams, FluxStage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 from vidgen_ray.stages.svd import SVDParams, SVDStage
 from vidgen_ray.stages.wan import WanParams, WanStage
+from vidgen_ray.system.free_memory import is_out_of_memory
 from vidgen_ray.weights import resolve
 
 pytestmark = pytest.mark.slow

@@ -5,12 +5,12 @@ import statistics
 import pytest
 
 from benchmarks.simulated_scheduling import LAYOUTS, NAMES, Simulation
-from tests.engine.farm import CALL_S, Farm, Proc
+from tests.engine.farm import CALL_S, Farm, Proc, instructions
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.processes import MAX_PREFETCH_LOAD
 from vidgen_ray.engine.queues import MAX_LORA_SKIPS
 from vidgen_ray.engine.route import CHUNK_LOAD
-from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, WorkerSpec
 
 BOTH = WorkerSpec(("flux", "svd"), 1, 1)
 
@@ -73,6 +73,18 @@ def test_lora_preference_does_not_starve_a_shot():
     assert sent(farm).index(1) == MAX_LORA_SKIPS + 1
 
 
+def test_choice_costs_the_same_with_any_number_of_loras_that_wait():
+    costs = []
+    for shots in (50, 500):
+        farm = Farm(Proc("a"), adapters_kept=4)
+        for order in range(shots):
+            farm.ask(order, adapters=(f"lora {order}",))
+        farm.run(until=5 * CALL_S)
+        ((row,), (lane,)) = farm.core.table.rows.values(), farm.core.queues.lanes["flux"].values()
+        costs.append(instructions(lambda row=row, lane=lane: lane.choice(row)))
+    assert costs[0] == costs[1]
+
+
 def test_calls_go_to_active_loras_then_inputs_then_their_node_but_load_goes_first():
     farm = Farm(*(Proc(name, node, BOTH) for name, node in zip("abcd", "xyyz", strict=True)))
     farm.run(until=5)
@@ -98,7 +110,7 @@ def test_loras_that_were_not_used_for_longest_are_replaced(kept, active):
         farm.ask(order)
     farm.run(until=farm.now + 45 * CALL_S)
     (lane,) = farm.core.queues.lanes["flux"].values()
-    assert sum(map(len, lane.by_adapters.values())) < 5
+    assert sum(map(len, (lane.entries, *lane.by_adapters.values()))) < 10
 
 
 def test_process_swaps_groups_before_others_run_out_of_calls():
@@ -109,6 +121,17 @@ def test_process_swaps_groups_before_others_run_out_of_calls():
         farm.ask(order, stage)
     farm.run()
     assert sent(farm) == [0, 1, 3, 2]
+
+
+def test_process_swaps_groups_after_its_turn_although_calls_for_the_present_one_keep_coming():
+    farm = Farm(Proc("a", spec=WorkerSpec(("flux", "svd"), 1, 1, (("flux",), ("svd",)))))
+    farm.ask(0)
+    farm.run(until=5)
+    farm.ask(1, "svd")
+    for order in range(2, 4 * SHOTS_PER_SWAP):
+        farm.ask(order)
+    farm.run()
+    assert sent(farm).index(1) == SHOTS_PER_SWAP
 
 
 def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import socket
 import subprocess
@@ -58,10 +59,11 @@ def test_start_is_repeated_after_a_timeout_only(failing_starts, errors, raised, 
 
 
 CONNECTED = """
-import threading
+import sys, threading
 from vidgen_ray.engine.ray_cluster import connected
-with connected(None, 1):
+with connected(None, 1, on_lost=print):
     print("connected", flush=True)
+    sys.stdout.reconfigure(line_buffering=True)
     threading.Event().wait()
 """
 
@@ -73,11 +75,38 @@ def test_process_ends_soon_after_the_raylet_of_its_machine():
         assert driver.stdout.readline() == "connected\n"
         (raylet,) = (child for child in psutil.Process(driver.pid).children() if child.name() == "raylet")
         raylet.kill()
-        _, errors = driver.communicate(timeout=120)
+        saved, errors = driver.communicate(timeout=120)
     assert driver.returncode == SetupError.exit_code
+    assert saved == errors.splitlines()[-1].removeprefix("vidgen: ") + "\n"
     assert errors.endswith(
         "vidgen: lost connection to Ray: its process of this machine (raylet) has ended. Run the same command again\n"
     )
+
+
+SLOW_WORKER = "import signal, sys\nif any('default_worker.py' in word for word in sys.orig_argv): signal.pause()\n"
+
+
+@pytest.mark.slow
+def test_run_whose_workers_never_start_ends_with_the_reason(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_WORKER)
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "a ball", "generate_video": False}))
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "vidgen_ray", "render", tmp_path / "s.jsonl", "-p", "tiny", "-o", tmp_path / "out"]
+    environment = {**os.environ, "PYTHONPATH": path, "RAY_worker_register_timeout_seconds": "2"}
+    environment.pop("RAY_prestart_worker_first_driver", None)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, "worker startup repeatedly failed" in ended.stderr) == (SetupError.exit_code, True), ended.stderr
+
+
+def test_cluster_that_accepts_no_driver_ends_the_process(monkeypatch, capsys):
+    codes, ended = [], threading.Event()
+    monkeypatch.setattr(ray_cluster, "CLUSTER_CONNECT_S", 0.01)
+    monkeypatch.setattr(ray, "init", lambda **_: ended.wait(60))
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray_cluster._start_ray("auto", 1, 0)
+    assert codes == [SetupError.exit_code]
+    assert "the Ray cluster at auto has not accepted this process for 0.01 s" in capsys.readouterr().err
 
 
 def test_installed_ray_words_the_start_timeout_this_way():

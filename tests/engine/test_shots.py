@@ -2,20 +2,24 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 
 from benchmarks.fake_actors import FakeActor, run_in_simulated_time
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine import callbacks, route, storage_pause
 from vidgen_ray.engine import messages as m
-from vidgen_ray.engine import route, storage_pause
+from vidgen_ray.engine import shell as shell_module
 from vidgen_ray.engine.calls import ENCODER, CallResult
 from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.core import Core
 from vidgen_ray.engine.messages import Kind
 from vidgen_ray.engine.shell import Shell
 from vidgen_ray.engine.shots import Shots
 from vidgen_ray.engine.storage_pause import StoragePause
+from vidgen_ray.errors import EngineFailed, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
@@ -28,10 +32,10 @@ FRAMES = 8
 CHUNK_FRAMES = 4
 
 
-def calls_of_clips(workers, shots=1, ends=None, gpus=1):
+def calls_of_clips(workers, shots=1, ends=None, gpus=1, on_event=lambda *_: None):
     """Return the methods that are called to render clips on workers with these stages, and the steps of their records.
 
-    `gpus`: those of each worker.
+    `gpus`: those of each worker. `on_event`: all callbacks of the engine's users.
     `ends` gets the stage and the outcome of each attempt. With it, the first worker is taken for lost during its call.
     """
     steps = tuple(Step(stage=stage, key=stage, weights=()) for stage in ALL)
@@ -58,7 +62,9 @@ def calls_of_clips(workers, shots=1, ends=None, gpus=1):
         return CallResult(tuple(records)), *(["output"] * (2 if method == "run_clip" else 1))
 
     async def render():
-        observer, storage = Mock(), StoragePause(lambda: None, 0.0, Mock())
+        observer, storage = Mock(side_effect=on_event), StoragePause(lambda: None, 0.0, on_event)
+        for name in ("attempt_ended", "step_ended", "adapter_loads", "frames_upscaled"):
+            getattr(observer, name).side_effect = on_event
         if ends is not None:
             observer.attempt_ended = lambda attempt: ends.append((attempt.stage, attempt.outcome))
             asyncio.get_running_loop().call_later(0.5, lambda: shell.tell(died(shell.core.table.rows["worker-0"])))
@@ -67,8 +73,10 @@ def calls_of_clips(workers, shots=1, ends=None, gpus=1):
             shell.add(f"worker-{number}", slot.workers[0], FakeActor(f"worker-{number}", lambda *_: 1.0, respond))
         shell.add("encoder", ENCODER, FakeActor("encoder", lambda *_: 1.0, respond))
         rendering = Shots(config, layout, shell, {"realesrgan": CHUNK_FRAMES}, observer, storage)
-        records = await asyncio.gather(*map(rendering.render, plans))
-        shell.close()
+        try:
+            records = await asyncio.gather(*(rendering.render(plan, on_event) for plan in plans))
+        finally:
+            shell.close()
         return records
 
     records, _ = run_in_simulated_time(render())
@@ -147,3 +155,78 @@ def test_write_that_times_out_during_a_pause_is_not_the_fault_of_its_encoder(mon
 
     monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0)
     assert asyncio.run(causes()) == [True, False]
+
+
+def test_a_pause_begins_again_with_a_file_that_was_written_in_it(monkeypatch):
+    """A write may succeed that began before the pause."""
+    probes = []
+
+    async def failed():
+        def probe():
+            probes.append(None)
+            if len(probes) == 3:
+                loop.call_soon_threadsafe(pause.written)
+            return "read-only"
+
+        loop, changes = asyncio.get_running_loop(), []
+        # The clock advances by a second with each probe.
+        monkeypatch.setattr(loop, "time", lambda: float(len(probes)))
+        pause = StoragePause(probe, 5, changes.append)
+        with pytest.raises(SetupError, match="for 6 s"):
+            await pause.wait("read-only")
+        return changes
+
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0)
+    assert asyncio.run(failed()) == ["read-only"]
+    assert len(probes) == 9
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Messages of the engine's log, and whether they have a traceback."""
+    lines = []
+    log = SimpleNamespace(**dict.fromkeys(("warning", "error"), lambda text, exc_info: lines.append((text, bool(exc_info)))))
+    monkeypatch.setattr(callbacks, "_log", log)
+    monkeypatch.setattr(shell_module, "_log", log)
+    return lines
+
+
+def test_exceptions_of_callbacks_are_logged_once_and_cost_no_shot(logged):
+    called, (steps,) = calls_of_clips([ALL], on_event=Mock(side_effect=OSError(28, "No space left on device")))
+    assert (called, [step.stage for step in steps]) == (["run_clip", "write"], list(ALL))
+    assert 3 < len(logged) < 12
+    assert {text.partition(":")[2] for text, _ in logged} == {
+        " OSError: [Errno 28] No space left on device. The run continues without it"
+    }
+    assert not any(has_traceback for _, has_traceback in logged)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        pytest.param(Core, "_on_Ready", id="the core"),
+        pytest.param(Core, "_on_Returned", id="the core, after a call"),
+        pytest.param(Shell, "_do_Send", id="a command"),
+        pytest.param(Shell, "_ended", id="a result"),
+        pytest.param(Shell, "_follow", id="a task of the shell"),
+    ],
+)
+def test_bug_in_the_engine_ends_all_shots_with_its_message(monkeypatch, logged, place, name):
+    monkeypatch.setattr(place, name, Mock(side_effect=KeyError("a bug")))
+    message = "the engine has failed, which is a bug of vidgen-ray: KeyError: 'a bug'"
+    with pytest.raises(EngineFailed, match=message):
+        calls_of_clips([ALL], shots=3)
+    assert logged == [(message, True)]
+
+
+def test_failed_storage_check_is_answered_in_every_case(monkeypatch):
+    """The probe raises, as a database does, and so does whoever hears of the pause."""
+
+    async def cause(max_wait_s):
+        pause = StoragePause(Mock(side_effect=[ValueError("not a database"), None]), max_wait_s, Mock(side_effect=OSError))
+        return await pause.is_cause(Kind.WRITE, "it hangs")
+
+    monkeypatch.setattr(storage_pause, "PROBE_INTERVAL_S", 0.01)
+    assert asyncio.run(cause(60))
+    with pytest.raises(SetupError, match=r"for 0 s \(ValueError: not a database\)"):
+        asyncio.run(cause(-1))

@@ -196,8 +196,11 @@ class Director:
                 self._step_notes.add(note)
                 self._listener.on_message(f"note: {line.script} line {line.script_line}, {note}")
 
-    def connected(self, *, complete: bool) -> AbstractContextManager[None]:
-        """Return the context in which Ray is connected. `complete`: the queue has all shots of the script."""
+    def connected(self, *, complete: bool, on_lost: Callable[[str], object]) -> AbstractContextManager[None]:
+        """Return the context in which Ray is connected. `complete`: the queue has all shots of the script.
+
+        `on_lost`: called in another thread before the process ends because Ray is lost, with the reason.
+        """
         self._own_ray = self._options.address is None and not ray.is_initialized()
         cpus = 0.0
         if self._own_ray:
@@ -208,7 +211,7 @@ class Director:
                 self._make_plan([*self.queue], LiveCluster(self.cluster, self.cluster), complete=complete)
                 assert self.plan is not None
                 cpus = max(cpus, cpus_needed(self.plan.layout))
-        return connected(self._options.address, cpus)
+        return connected(self._options.address, cpus, on_lost=on_lost)
 
     @property
     def complete(self) -> bool:
@@ -290,7 +293,12 @@ class Director:
     def _ended(self, rendering: asyncio.Task[None]) -> None:
         del self._rendering[rendering]
         if not rendering.cancelled() and (error := rendering.exception()) is not None:
-            self._error = self._error or error
+            self._fail(error)
+        self._changed.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the run with this error, unless it ends with another one."""
+        self._error = self._error or error
         self._changed.set()
 
     async def _finish_shots(self) -> None:
@@ -529,8 +537,13 @@ class Director:
             room.release()
 
         def accept(lines: Sequence[Line]) -> None:
-            self.accept(lines)
-            self._results.lines_read(complete=False)
+            try:
+                self.accept(lines)
+                self._results.lines_read(complete=False)
+            except Exception as error:
+                # The event loop would log it, and the run would wait for the lines forever.
+                self._fail(error)
+                return
             task = asyncio.ensure_future(release())
             releasing.add(task)
             task.add_done_callback(releasing.discard)
@@ -539,9 +552,9 @@ class Director:
             self._reading = False
             if error is None:
                 self._results.lines_read(complete=True)
+                self._changed.set()
             else:
-                self._error = error
-            self._changed.set()
+                self._fail(error)
 
         releasing: set[asyncio.Task[None]] = set()
         threading.Thread(target=read, daemon=True).start()
@@ -569,16 +582,17 @@ class Director:
     async def _watch_stop(self) -> None:
         while not self._stop.is_set() and self._error is None:
             await asyncio.sleep(STOP_POLL_S)
-            self._meter_cost()
+            # An exception of the watch would look like a stop request.
             try:
+                self._meter_cost()
                 if self._lease.lost.is_set():
                     # Another run may be writing to the folder.
                     self._lease.check()
                 elif not self._lease.is_sure:
                     self._storage.begin("the lease of the output folder is not refreshed")
                 self._storage.check()
-            except SetupError as error:
-                self._error = error
+            except Exception as error:
+                self._fail(error)
 
     def _probe_storage(self) -> str | None:
         """Return why nothing can be written to the output folder now. `None` if it can. Blocks."""

@@ -13,6 +13,7 @@ from math import sqrt
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
+from vidgen_ray.engine.callbacks import guarded
 from vidgen_ray.engine.status import Attempt, Snapshot
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow
@@ -32,7 +33,7 @@ KEPT_MESSAGES = 20
 
 
 class RunListener(Protocol):
-    """Callbacks of a run, one call at a time."""
+    """Callbacks of a run, one call at a time. They must not block: the run waits for them. An exception is logged."""
 
     def on_rejected(self, row: ManifestRow) -> None:
         """A line failed before rendering: it is wrong or refers to a missing file."""
@@ -51,6 +52,33 @@ class RunListener(Protocol):
 
     def on_message(self, message: str) -> None:
         """A message for the user, such as a worker that was quarantined or what the run waits for."""
+
+
+class GuardedListener(RunListener):
+    """Listener that passes events on to another one, and never raises."""
+
+    def __init__(self, listener: RunListener, on_failure: Callable[[str], object] = lambda _: None) -> None:
+        """`on_failure` gets the message of an exception, of several in a row that of the first."""
+        self._on_rejected = guarded(listener.on_rejected, on_failure)
+        self._on_lines = guarded(listener.on_lines, on_failure)
+        self._on_finished = guarded(listener.on_finished, on_failure)
+        self._on_status = guarded(listener.on_status, on_failure)
+        self._on_message = guarded(listener.on_message, on_failure)
+
+    def on_rejected(self, row: ManifestRow) -> None:
+        self._on_rejected(row)
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        self._on_lines(total, skipped, rejected, complete)
+
+    def on_finished(self, row: ManifestRow) -> None:
+        self._on_finished(row)
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        self._on_status(snapshot)
+
+    def on_message(self, message: str) -> None:
+        self._on_message(message)
 
 
 class Throughput(NamedTuple):
@@ -80,7 +108,9 @@ class ProgressTracker:
     Events must come one at a time. Properties and estimates can be read from any thread.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, before_first_status: str = CONNECTING) -> None:
+        """`before_first_status`: phase after the script was read, until there is a status."""
+        self.before_first_status = before_first_status
         self.total = self.done = self.failed = self.skipped = 0
         self.complete = False
         """True once the script has been read to its end, so that `total` is final."""
@@ -110,7 +140,7 @@ class ProgressTracker:
         if not self.remaining or self._finish_times:
             return None
         if self.snapshot is None:
-            return CONNECTING
+            return self.before_first_status
         return FIRST_SHOTS if self.shots_started else STARTING
 
     def on_rejected(self, row: ManifestRow) -> None:
@@ -165,7 +195,7 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
 
     def __init__(self, storage: Storage, lease: Lease, labels: RunLabels, listener: RunListener) -> None:
         self.labels = labels
-        self._listener = listener
+        self._listener = GuardedListener(listener, self._keep_message)
         self._tracker = ProgressTracker()
         self._messages: deque[str] = deque(maxlen=KEPT_MESSAGES)
         self._started_at = datetime.now(UTC)
@@ -196,10 +226,13 @@ class RunRecorder(RunListener, AbstractContextManager["RunRecorder"]):
         self._listener.on_status(snapshot)
 
     def on_message(self, message: str) -> None:
+        self._keep_message(message)
+        self._listener.on_message(message)
+
+    def _keep_message(self, message: str) -> None:
         with self._lock:
             self._messages.append(message)
         self._log.add(message=message)
-        self._listener.on_message(message)
 
     def on_attempt(self, attempt: Attempt) -> None:
         """An attempt of a step of a shot has ended."""

@@ -21,12 +21,13 @@ from vidgen_ray.batch.line_planner import (
     first_lines,
     recorded_options,
 )
-from vidgen_ray.batch.progress import RunListener, RunRecorder
+from vidgen_ray.batch.progress import GuardedListener, RunListener, RunRecorder
 from vidgen_ray.batch.results import RunResults
 from vidgen_ray.batch.run_options import RecordedOptions, RenderOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.engine.ray_internals import submission_id
 from vidgen_ray.engine.trials import run_trials
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile, server_problems
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.lease import Lease
@@ -95,6 +96,8 @@ class RunReport:
     """Kind of the last layout. `None` if there was nothing to render."""
     quarantined: tuple[str, ...]
     """Workers and encoders that were quarantined, with their nodes and the reasons."""
+    without_face: int = 0
+    """Finished shots with a face photo in whose image no face was found. Part of `done` and `skipped`."""
 
 
 def render_shots(
@@ -116,13 +119,14 @@ def render_shots(
     A failed line does not raise. Raises ScriptError if the script cannot be read, SetupError or ProfileError if weights are
     missing, no layout fits the cluster, nothing healthy is left or another run is using the folder.
     """
+    before_run = GuardedListener(listener)
     checker, first, version = checked_start(script, profile)
     profile = profile.with_commits()
     for problem in server_problems(profile):
-        listener.on_message(problem)
+        before_run.on_message(problem)
     # Trials use the GPUs, and their results are kept: only after another run in the folder was found.
     with held_lease(outputs, options, lease) as held:
-        profile = _with_settled_options(profile, outputs, options, script, listener, is_long=version is not None)
+        profile = _with_settled_options(profile, outputs, options, script, before_run, is_long=version is not None)
         planner = LinePlanner(checker, profile, outputs, options)
         later = None if version is None else LaterLines(script, version, planner)
         demand: Demand | None = None
@@ -245,6 +249,18 @@ def render_lines(
             lease,
         )
         write_run = partial(_write_run, outputs, labels, profile, recorded, director, results)
+
+        def save_without_ray(reason: str) -> None:
+            """Leave the blocks below in another thread: the calls of Ray in this one wait forever."""
+            if not lease.is_sure:
+                return
+            error = SetupError(reason)
+            with ExitStack() as last:  # in reverse order, also if one fails
+                last.push(recorder)
+                last.callback(lambda: write_run(_report(labels.run, profile, started, director, results), error))
+                last.push(results)
+                raise error
+
         try:
             with results:
                 director.accept(planned)
@@ -260,7 +276,7 @@ def render_lines(
                 if remaining is None:
                     planner.take_finished()
                 if director.queue or remaining is not None:
-                    with director.connected(complete=remaining is None):
+                    with director.connected(complete=remaining is None, on_lost=save_without_ray):
                         asyncio.run(director.render(remaining))
                 with suppress(OSError):
                     lease.refresh()
@@ -278,7 +294,7 @@ def render_lines(
     if director.plan is not None and director.cluster is not None:
         save_calibration(profile.name, director.cluster.card, results.durations)
         if note := _encoding_note(director.plan, results):
-            listener.on_message(note)
+            recorder.on_message(note)
     if too_expensive is not None:
         raise too_expensive
     return report
@@ -318,6 +334,7 @@ def _report(run: str, profile: Profile, started: float, director: Director, resu
         peak_share=_peak_share(profile, director, results),
         layout=plan.layout.kind if plan else None,
         quarantined=tuple(director.quarantined),
+        without_face=results.without_face,
     )
 
 

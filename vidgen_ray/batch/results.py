@@ -94,6 +94,8 @@ class RunResults:
         self.currency: str | None = None
         """Currency of the price. `None` if it is the user's."""
         self.lora_loads = 0
+        self.without_face = 0
+        """Finished shots with a face photo in whose image no face was found."""
         self._measured: dict[str, deque[tuple[float, Shot]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
         """Stage, or ENCODING -> seconds of the last shots that were not taken from the cache."""
         self.weights: dict[str, set[str]] = defaultdict(set)
@@ -205,9 +207,11 @@ class RunResults:
 
     def _enter(self, row: ManifestRow, fields: Mapping[str, Any] | None, replaces: str | None = None) -> None:
         """Record the row of a line. `fields`: of a failed line."""
-        self.counts["skipped" if row.last_run == "reused" else row.status] += 1
+        self.without_face += row.shows_no_face
         if self._labels.team is not None or self._labels.submission_id is not None:
             row = row.model_copy(update={"team": self._labels.team, "submission_id": self._labels.submission_id})
         self._manifest.add(row, fields=fields, replaces=replaces)
+        # After the row, for another thread that ends the run.
+        self.counts["skipped" if row.last_run == "reused" else row.status] += 1
         if self._on_row is not None:
             self._on_row(row)

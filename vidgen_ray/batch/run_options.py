@@ -94,6 +94,8 @@ class RecordedOptions(FrozenModel):
     strict_prompts: bool = False
     attempts: int = ATTEMPTS
     listener: str | None = None
+    server: str | None = None
+    """URL of the server that has rendered the shots. `None`: they were rendered here."""
     run_seed: int = 0
     """Seed of the run, for lines without a seed that were rejected. Other failed lines are stored with theirs."""
     changes: dict[str, JsonValue] = Field(default_factory=dict)

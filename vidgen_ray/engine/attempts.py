@@ -8,12 +8,12 @@ against the shot once its process has finished a call of another shot later, and
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vidgen_ray.engine.messages import Call, Kind, Repetition, Result
+from vidgen_ray.engine.messages import OUTPUT, Call, Kind, Repetition, Result
 from vidgen_ray.engine.processes import CoreLimits, Process, Table, Where
 from vidgen_ray.outputs.records import Failure
 
@@ -32,6 +32,7 @@ class Verdict(Enum):
 
 @dataclass(eq=False, slots=True, repr=False)
 class FailedAttempt:
+    request: Request
     process: str
     node: str | None
     gpu_gb: float
@@ -58,6 +59,13 @@ class Running:
     deadline: float = math.inf
     check: float = math.inf
     """Time of the next check whether it is slow."""
+
+    def extend(self, seconds: float, soonest: float) -> None:
+        """Add seconds in which it may not have run. Its deadline does not pass before `soonest`."""
+        if self.began < math.inf:
+            self.began += seconds
+        self.deadline = max(self.deadline + seconds, soonest)
+        self.check = max(self.check + seconds, soonest)
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -101,6 +109,48 @@ def in_doubt(failures: Sequence[FailedAttempt]) -> bool:
 def is_confirmed(failures: Sequence[FailedAttempt]) -> bool:
     """Return whether several processes failed, all with the same error."""
     return len({each.process for each in failures}) > 1 and len({each.failure.error for each in failures}) == 1
+
+
+class Evidence:
+    """Shots whose calls may show which processes are sick: calls in progress that have not failed anywhere themselves.
+
+    A call that has failed is no evidence for others that have: they would wait for each other, one attempt after another.
+    """
+
+    def __init__(self) -> None:
+        self._of_workers: Counter[float] = Counter()
+        """Order of a shot -> its calls to workers."""
+        self._of_all: Counter[float] = Counter()
+        """The same, with calls to encoders."""
+
+    def add(self, call: Call) -> None:
+        """A call is in progress."""
+        self._of_all[call.order] += 1
+        if call.stage != OUTPUT:
+            self._of_workers[call.order] += 1
+
+    def remove(self, call: Call) -> None:
+        """A call has ended, or has failed for the first time."""
+        _count_down(self._of_all, call.order)
+        if call.stage != OUTPUT:
+            _count_down(self._of_workers, call.order)
+
+    @property
+    def is_scarce(self) -> bool:
+        """Whether there may be none for some call."""
+        return len(self._of_workers) <= 1
+
+    def is_there_for(self, call: Call) -> bool:
+        """Return whether a call of another shot may show which processes are sick."""
+        # The session of an encoder may wait for a chunk that waits for evidence, too.
+        orders = self._of_all if call.stage == OUTPUT else self._of_workers
+        return len(orders) > (call.order in orders)
+
+
+def _count_down(numbers: Counter[float], key: float) -> None:
+    numbers[key] -= 1
+    if not numbers[key]:
+        del numbers[key]
 
 
 def next_place(failures: Sequence[FailedAttempt], stage: str, table: Table, limit: int) -> Where | None:

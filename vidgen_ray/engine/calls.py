@@ -10,13 +10,13 @@ from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
-from vidgen_ray.render.oom_fallback import is_out_of_memory
 from vidgen_ray.render.step_runner import ForeignArtefacts, StepFailed, WrongResult
 from vidgen_ray.stages.base import Artefacts
+from vidgen_ray.system.free_memory import is_out_of_memory
 
 ENCODER = WorkerSpec((OUTPUT,), ENCODER_CPUS, gpus=0.0)
 """An encoder that writes to a disk, as a worker of the engine. See `EngineConfig.encoder`."""
-BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
+BROKEN_CONTEXT = ("CUDA error", "Triton Error [CUDA]", "CUDNN_STATUS", "device-side assert")
 """Texts in the message of an error after which every call on this process's GPU fails."""
 
 

@@ -64,7 +64,8 @@ class Canary:
         """Take the result of a repetition. Return its outcome, for the log."""
         check = self.checks.pop(request)
         if not result.is_usual:
-            self._due[check.due] = None
+            if check.due.is_live:
+                self._due[check.due] = None
             return "not comparable"
         same = [difference <= MAX_BLOCK_DIFFERENCE for difference in result.differences]
         if check.first is None and same[0]:

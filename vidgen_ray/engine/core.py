@@ -15,6 +15,7 @@ from typing import Any
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.attempts import (
     Durations,
+    Evidence,
     FailedAttempt,
     Request,
     Running,
@@ -25,7 +26,7 @@ from vidgen_ray.engine.attempts import (
     next_place,
 )
 from vidgen_ray.engine.canary import Canary
-from vidgen_ray.engine.messages import OUTPUT, Call, Kind, Result
+from vidgen_ray.engine.messages import Call, Kind, Result
 from vidgen_ray.engine.processes import ATTEMPTS, CoreLimits, Process, State, Where, is_encoder
 from vidgen_ray.engine.supervision import Supervision
 from vidgen_ray.outputs.records import Failure
@@ -65,6 +66,8 @@ class Core(Supervision):
         self._shared: dict[tuple[str, ...], Request] = {}
         """Keys of a call that several shots may ask for -> the request that computes it."""
         self._doubtful: dict[Request, None] = {}
+        """Calls that wait for what shows which processes are sick."""
+        self._evidence = Evidence()
         self._wake = math.inf
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             event: getattr(self, f"_on_{name}") for name, event in m.EVENTS.items()
@@ -72,12 +75,13 @@ class Core(Supervision):
 
     def handle(self, event: m.Event, now: float) -> list[m.Command]:
         """Take an event, and return the commands that follow. `now`: seconds of any clock that is never set back."""
-        self.now, self._out = now, []
+        seconds, self.now, self._out = now - self.now, now, []
         if now > self._wake + self.limits.late_s:
-            self._grace = now + self.limits.late_s
+            # Nothing shows when the driver was suspended since its last event.
+            self._extend(seconds)
         self._handlers[type(event)](event)
         self._expire()
-        if self._doubtful and self._verdicts_changed:
+        if self._evidence_changed:
             self._settle_doubts()
         self.queues.assign(self._send)
         wake = self._timers[0][0] if self._timers else math.inf
@@ -97,10 +101,7 @@ class Core(Supervision):
             self._asked[call.id] = request
             if call.order < request.call.order:
                 # The age of the oldest shot counts.
-                request.call = request.call._replace(order=call.order)
-                if request.entry is not None:
-                    self.queues.remove(request)
-                    self.queues.add(request)
+                self._set_call(request, request.call._replace(order=call.order))
             return
         self._ask([call])
 
@@ -109,10 +110,25 @@ class Core(Supervision):
         call = askers[0]._replace(order=min(each.order for each in askers))
         request = Request(call, askers)
         self._asked.update(dict.fromkeys([each.id for each in askers], request))
-        self.requests[request] = None
+        self._add(request)
         if call.is_shared:
             self._shared[call.keys] = request
         self._again(request)
+
+    def _add(self, request: Request) -> None:
+        self.requests[request] = None
+        self._evidence.add(request.call)
+
+    def _set_call(self, request: Request, call: Call) -> None:
+        """Change the call of a request: another shot is the first, or the oldest, that asks for it."""
+        waits = request.entry is not None
+        self.queues.remove(request)
+        if not request.failures:
+            self._evidence.remove(request.call)
+            self._evidence.add(call)
+        request.call = call
+        if waits:
+            self.queues.add(request)
 
     def _on_Withdrawn(self, event: m.Withdrawn) -> None:
         if (request := self._asked.pop(event.call, None)) is None:
@@ -120,7 +136,7 @@ class Core(Supervision):
         was_first = request.askers[0].id == event.call
         request.askers = [each for each in request.askers if each.id != event.call]
         if request.askers:
-            request.call = request.askers[0]._replace(order=min(each.order for each in request.askers))
+            self._set_call(request, request.askers[0]._replace(order=min(each.order for each in request.askers)))
             if was_first and request.unwritten is not None:
                 # The answer would be for the call that is withdrawn.
                 self._check_storage(request, request.unwritten)
@@ -137,10 +153,12 @@ class Core(Supervision):
         for number in request.lost:
             self._lost.pop(number, None)
         del self.requests[request]
+        if not request.failures:
+            self._evidence.remove(request.call)
         if self._shared.get(request.call.keys) is request:
             del self._shared[request.call.keys]
         self._doubtful.pop(request, None)
-        self._verdicts_changed = True
+        self._evidence_changed = True
 
     def _abandon(self, running: Running) -> None:
         """Stop a call whose result is not needed. Its process is busy until the call ends; an encoder is not."""
@@ -221,7 +239,7 @@ class Core(Supervision):
             if failed.is_forgiven and failed.verdict is Verdict.OPEN:
                 # The shot is fine: another process has finished its call.
                 failed.is_forgiven = False
-                self._blame(failed, request)
+                self._blame(failed)
 
     @staticmethod
     def _has_keys(result: Result, request: Request) -> bool:
@@ -248,13 +266,13 @@ class Core(Supervision):
         if request not in self.requests:
             return
         process = running.process
-        failed = FailedAttempt(process.name, process.node, process.spec.gpu_gb, kind, failure, self.now)
+        failed = FailedAttempt(request, process.name, process.node, process.spec.gpu_gb, kind, failure, self.now)
         if request.repetition is not None:
             self.canary.failed(request)
             self._drop(request)
             if kind in (Kind.ERROR, Kind.INPUT, Kind.NODE):
                 # Another worker has finished the same call.
-                self._blame(failed, request)
+                self._blame(failed)
         elif kind is Kind.FOREIGN:
             self._fail(request, kind, failure)
         elif kind in (Kind.NOT_RUN, Kind.SHARED_CRASH):
@@ -279,7 +297,7 @@ class Core(Supervision):
         else:
             failed.kind = Kind.ERROR
             self._count(request, failed)
-        self._verdicts_changed = True
+        self._evidence_changed = True
 
     def _again(self, request: Request) -> None:
         """Let a call wait for a process, unless it runs on another one, or for the storage."""
@@ -292,6 +310,9 @@ class Core(Supervision):
 
     def _count(self, request: Request, failed: FailedAttempt) -> None:
         """Count a failure, and try the call again where it has not failed, or give up."""
+        if not request.failures:
+            self._evidence.remove(request.call)
+            self._evidence_changed = True
         request.failures.append(failed)
         failed.is_forgiven = failed.kind is Kind.INPUT
         failures = counting(request.failures)
@@ -299,7 +320,7 @@ class Core(Supervision):
             for each in failures:
                 each.is_forgiven = True
         if failed.kind is not Kind.MEMORY:
-            self._blame(failed, request)
+            self._blame(failed)
         # Otherwise its copy still runs, or could not write.
         if not request.running and request.unwritten is None and request in self.requests:
             self._next_attempt(request, failed, is_settled=False)
@@ -321,7 +342,7 @@ class Core(Supervision):
             if not is_settled:
                 request.doubt_until = self.now + limits.evidence_s
                 self._doubtful[request] = None
-                self._verdicts_changed = True
+                self._evidence_changed = True
                 self._wake_at(request, request.doubt_until)
                 return
             tried = frozenset(each.process for each in failures)
@@ -338,38 +359,32 @@ class Core(Supervision):
 
     def _settle_doubts(self) -> None:
         """Decide about calls for which all is known, or will not be known."""
-        self._verdicts_changed = False
-        orders = self._orders()
-        for request in list(self._doubtful):
-            assert request.doubt_until is not None
-            if in_doubt(counting(request.failures)) and self.now < request.doubt_until:
-                if self._may_be_shown(request, orders):
-                    request.quiet_since = None
-                    continue
-                # The next calls of other shots may be asked for soon.
-                if request.quiet_since is None:
-                    request.quiet_since = self.now
-                    self._wake_at(request, self.now + self.limits.between_calls_s)
-                if self.now < request.quiet_since + self.limits.between_calls_s:
-                    continue
-            del self._doubtful[request]
-            request.doubt_until = request.quiet_since = None
-            self._next_attempt(request, request.failures[-1], is_settled=True)
-            orders = self._orders()
+        # With enough evidence, only what is known of their own attempts decides.
+        looked_at = list(self._doubtful if self._evidence.is_scarce else self._decided)
+        self._decided.clear()
+        self._evidence_changed = False
+        for request in looked_at:
+            if request in self._doubtful and not self._waits_for_evidence(request):
+                del self._doubtful[request]
+                request.doubt_until = request.quiet_since = None
+                self._next_attempt(request, request.failures[-1], is_settled=True)
 
-    def _orders(self) -> tuple[set[float], set[float]]:
-        """Return the shots with calls in progress that do not wait for evidence themselves: of workers, and of all."""
-        calls = [each.call for each in self.requests if each.doubt_until is None]
-        return {call.order for call in calls if call.stage != OUTPUT}, {call.order for call in calls}
+    def _waits_for_evidence(self, request: Request) -> bool:
+        assert request.doubt_until is not None
+        if not in_doubt(counting(request.failures)) or self.now >= request.doubt_until:
+            return False
+        if self._may_be_shown(request):
+            request.quiet_since = None
+            return True
+        # The next calls of other shots may be asked for soon.
+        if request.quiet_since is None:
+            request.quiet_since = self.now
+            self._wake_at(request, self.now + self.limits.between_calls_s)
+        return self.now < request.quiet_since + self.limits.between_calls_s
 
-    def _may_be_shown(self, request: Request, orders: tuple[set[float], set[float]]) -> bool:
-        """Return whether calls of other shots, or a process that starts, may show which processes are sick.
-
-        `orders`: see `_orders`.
-        """
-        # The session of an encoder may wait for a chunk that waits for evidence, too.
-        others = orders[request.call.stage == OUTPUT]
-        if len(others) > (request.call.order in others):
+    def _may_be_shown(self, request: Request) -> bool:
+        """Return whether calls of other shots, or a process that starts, may show which processes are sick."""
+        if self._evidence.is_there_for(request.call):
             return True
         rows = (self.table.rows.get(each.process) for each in request.failures if each.verdict is Verdict.OPEN)
         return any(row is not None and row.state in (State.STARTING, State.QUARANTINED) for row in rows)
@@ -387,7 +402,7 @@ class Core(Supervision):
                 self._ask(others)
 
     def _fail_waiting(self, failure: Failure) -> None:
-        for request in [each for each in self.requests if each.askers and not each.running and each.unwritten is None]:
+        for request in [each for each in self.requests if each.askers and not each.running]:
             if request in self.requests:
                 self._fail(request, Kind.ERROR, failure)
 
@@ -419,13 +434,22 @@ class Core(Supervision):
         while timers and timers[0][0] <= self.now:
             when, _, owner = heappop(timers)
             if isinstance(owner, Request):
-                self._verdicts_changed = True
+                self._decided[owner] = None
+                self._evidence_changed = True
             elif owner.timer == when:
                 owner.timer = math.inf
                 if owner.deadline <= self.now and owner.state is not State.GONE:
                     self._due(owner)
                 if owner.deadline > self.now and owner.state is not State.GONE:
                     self._wake_at(owner, owner.deadline)
+
+    def _extend(self, seconds: float) -> None:
+        """Extend all that waits for processes, which may have been suspended for this long."""
+        self._extend_deadlines(seconds)
+        for request in self._doubtful:
+            assert request.doubt_until is not None
+            request.doubt_until += seconds
+            self._wake_at(request, request.doubt_until)
 
     def _check_calls(self, process: Process) -> None:
         late = [each for each in process.running if each.deadline <= self.now]
@@ -465,7 +489,7 @@ class Core(Supervision):
 
     def _copy(self, request: Request) -> None:
         """Run a slow call on an idle process, too. The first result counts."""
-        if len(request.running) == 1 and not request.runs_alone and not request.is_copied and request.repetition is None:
+        if len(request.running) == 1 and not request.runs_alone and not request.is_copied:
             # Calls that wait go first.
             self.queues.assign(self._send)
             process = self.queues.idle_for(request)
@@ -481,7 +505,7 @@ class Core(Supervision):
         again = call._replace(near=None, near_load=0.0, is_shared=False, is_checked=False)
         # Alone: if the process crashes, the check is the cause.
         request = Request(again, [], where=Where(only=process.name), runs_alone=True, repetition=repetition)
-        self.requests[request] = None
+        self._add(request)
         self.queues.add(request)
         return request
 

@@ -16,6 +16,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import messages as m
+from vidgen_ray.engine.callbacks import guarded
 from vidgen_ray.engine.calls import ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, MoreSlots
@@ -34,6 +35,8 @@ from vidgen_ray.planner.layout import Layout, WorkerSpec
 from vidgen_ray.render.step_runner import chunk_frames_of, chunk_result_bytes
 from vidgen_ray.shot import Shot
 
+ENGINE = "engine"
+"""Stage of the failure of an engine that has failed itself."""
 OBJECT_STORE_SHARE = 0.4
 """Share of Ray's object store that shots in progress may fill. Above it, Ray starts to spill to disk."""
 
@@ -139,7 +142,7 @@ class Engine:
         self._shots = Shots(config, layout, self._shell, chunk_frames, observer, storage)
         self._utilization = Utilization()
         self._fleet = Fleet(config, self, more_slots)
-        self._on_waiting = on_waiting
+        self._on_waiting = guarded(on_waiting)
         self._waiting_for: str | None = None
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
         self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)
@@ -191,6 +194,8 @@ class Engine:
     @property
     def fatal_failure(self) -> Failure | None:
         """Failure after which no shot can be rendered. `None` if there is none."""
+        if self._shell.error is not None:
+            return Failure.of(ENGINE, self._shell.error)
         return self._core.fatal_failure
 
     @property
@@ -265,7 +270,8 @@ class Renderer:
         self._changed = asyncio.Event()
         """Set, and replaced, when there is another engine or when no shot runs."""
         self._starting: asyncio.Task[None] | None = None
-        self._reports = asyncio.ensure_future(self._report_status())
+        self._report = guarded(self._report_status)
+        self._reports = asyncio.ensure_future(self._keep_reporting())
 
     @property
     def engine(self) -> Engine | None:
@@ -346,8 +352,11 @@ class Renderer:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _report_status(self) -> None:
+    def _report_status(self) -> None:
+        if self._engine is not None:
+            self._on_status(self._engine.snapshot())
+
+    async def _keep_reporting(self) -> None:
         while True:
-            if self._engine is not None:
-                self._on_status(self._engine.snapshot())
+            self._report()
             await asyncio.sleep(STATUS_INTERVAL_S)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from vidgen_ray.errors import Cancelled, VidgenError
-from vidgen_ray.render.oom_fallback import is_out_of_memory, prepare_gpu
+from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     Artefacts,
@@ -39,7 +39,7 @@ from vidgen_ray.stages.base import (
     report_progress,
 )
 from vidgen_ray.stages.context_parallel import join_group
-from vidgen_ray.system.free_memory import free_gpu_memory
+from vidgen_ray.system.free_memory import free_gpu_memory, is_out_of_memory
 
 SAME_ERROR_S = 20.0
 """Seconds after an error in one process in which the others have to end the call, too. An error that all processes meet, such

@@ -56,7 +56,7 @@ class CoreLimits:
     cancel_s: float = 60.0
     """Time without a step after which the process of a cancelled call is killed. Only a large clip on a CPU takes longer."""
     late_s: float = 5.0
-    """If a timer is this late, the driver itself was stopped, and responses may wait to be read."""
+    """If a timer is this late, the driver itself was suspended, maybe with all processes: their deadlines are extended."""
     first_checked_call: int = 20
     """Calls of a worker before its first canary check. So short runs have none."""
     checked_calls: int = 200

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 
 from vidgen_ray.engine.attempts import Request
 from vidgen_ray.engine.processes import (
@@ -29,31 +29,54 @@ MAX_LORA_SKIPS = 64
 
 
 class Lane:
-    """Waiting calls of a stage with the same load that may run on every process."""
+    """Waiting calls of a stage with the same load that may run on every process.
 
-    __slots__ = ("by_adapters", "load")
+    Entries of calls that do not wait any more stay in a heap until they are its first.
+    """
+
+    __slots__ = ("by_adapters", "entries", "load")
 
     def __init__(self, load: float) -> None:
         self.load = load
+        self.entries: list[Entry] = []
+        """Heap of all calls."""
         self.by_adapters: dict[tuple[str, ...], list[Entry]] = {}
+        """LoRAs -> heap of the calls that need them. The first one of each waits."""
 
     def push(self, entry: Entry) -> None:
+        heappush(self.entries, entry)
         heappush(self.by_adapters.setdefault(entry[2].call.adapters, []), entry)
+
+    def removed(self, adapters: tuple[str, ...]) -> None:
+        """A call with these LoRAs does not wait any more."""
+        if not _drop_ended(self.by_adapters[adapters]):
+            del self.by_adapters[adapters]
 
     def choice(self, process: Process) -> Entry | None:
         """Return the oldest call, or a younger one whose LoRAs are active, unless the oldest was skipped too often."""
-        for adapters, heap in list(self.by_adapters.items()):
-            # Entries of calls that do not wait any more stay in the heap until they are its first.
-            while heap and heap[0][2].entry is not heap[0]:
-                heappop(heap)
-            if not heap:
-                del self.by_adapters[adapters]
-        heads = [heap[0] for heap in self.by_adapters.values()]
-        oldest = min(heads, default=None)
-        if oldest is None or process.has_active(oldest[2].call.adapters):
+        if not _drop_ended(self.entries):
+            return None
+        oldest = self.entries[0]
+        if process.has_active(oldest[2].call.adapters):
             return oldest
-        active = min((each for each in heads if process.has_active(each[2].call.adapters)), default=None)
+        active = min((heap[0] for heap in self._active(process)), default=None)
         return oldest if active is None or active[0] - oldest[0] > MAX_LORA_SKIPS else active
+
+    def _active(self, process: Process) -> list[list[Entry]]:
+        """Return the heaps of the calls that need no other LoRAs than the active ones. There may be a LoRA for each call."""
+        heaps = self.by_adapters
+        if len(heaps) < 2 ** len(process.adapters):
+            return [heap for adapters, heap in heaps.items() if process.has_active(adapters)]
+        active = sorted(process.adapters)
+        subsets = chain.from_iterable(combinations(active, number) for number in range(len(active) + 1))
+        return [heaps[each] for each in subsets if each in heaps]
+
+
+def _drop_ended(heap: list[Entry]) -> list[Entry]:
+    """Drop the first entries of a heap whose calls do not wait any more."""
+    while heap and heap[0][2].entry is not heap[0]:
+        heappop(heap)
+    return heap
 
 
 class Queues:
@@ -88,19 +111,24 @@ class Queues:
 
     def remove(self, request: Request) -> None:
         """Remove a call, if it waits."""
-        if request.entry is not None:
-            request.entry = None
-            stage = request.call.stage
-            self.waiting[stage] -= 1
-            if not self.waiting[stage]:
-                # Only entries of calls that do not wait any more are left.
-                self.lanes[stage].clear()
-            if self.alone[stage].pop(request, request) is None:
-                self._n_alone -= 1
-                # Processes of the stage may take other calls again.
-                self._table.touched.update(dict.fromkeys(self._table.holders_of(stage)))
-            self.picky[stage].pop(request, None)
-            self.added.pop(request, None)
+        if request.entry is None:
+            return
+        request.entry = None
+        stage = request.call.stage
+        self.waiting[stage] -= 1
+        self.added.pop(request, None)
+        if request in self.alone[stage]:
+            del self.alone[stage][request]
+            self._n_alone -= 1
+            # Processes of the stage may take other calls again.
+            self._table.touched.update(dict.fromkeys(self._table.holders_of(stage)))
+        elif request in self.picky[stage]:
+            del self.picky[stage][request]
+        else:
+            self.lanes[stage][request.call.load].removed(request.call.adapters)
+        if not self.waiting[stage]:
+            # Only entries of calls that do not wait any more are left.
+            self.lanes[stage].clear()
 
     def look_again(self, stages: Iterable[str]) -> None:
         """Look again at the calls that depend on which rows there are: one has left the table, or its node has changed."""

@@ -55,6 +55,17 @@ AGENT_DELAY_S = 15.0
 """Seconds until the agents of a local Ray for a run start. Short runs need none, long ones load their models meanwhile."""
 SHUTDOWN_S = 30.0
 """Seconds after which the process ends although Ray does not."""
+CLUSTER_CONNECT_S = 600.0
+"""Seconds after which the process ends if a cluster does not accept it: no worker of its node starts."""
+SAVE_S = 10.0
+"""Seconds in which results are saved if Ray is lost. Ray itself ends the process 15 s after this module notices."""
+LOCAL_SETTINGS = {
+    # `ray.init` would wait for the first workers, without end if they need longer than the next setting allows.
+    "RAY_prestart_worker_first_driver": "0",
+    # Seconds in which a worker must start. Ray's default, 60, does not suffice if Python is on a slow disk.
+    "RAY_worker_register_timeout_seconds": "180",
+}
+"""Environment variables of a local Ray, unless the user has set them."""
 
 HEAD_TIMEOUT_S, HEAD_SHARE = 60, 0.75
 """Seconds after which Ray ends a process that does not reach the head process, and the share of them after which we do."""
@@ -63,27 +74,37 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def connected(address: str | None, cpus: float, *, agent_delay_s: float = AGENT_DELAY_S) -> Iterator[None]:
+def connected(
+    address: str | None,
+    cpus: float,
+    *,
+    agent_delay_s: float = AGENT_DELAY_S,
+    on_lost: Callable[[str], object] = lambda _: None,
+) -> Iterator[None]:
     """Connect to Ray while the block runs: to `address`, or to a new local Ray with at least `cpus` CPUs.
 
     If this process is already connected, keep that connection. `agent_delay_s`: see `only_needed_services`.
+    If Ray is lost, this process ends with exit code 4, without leaving the block: calls of Ray wait forever. Before that,
+    `on_lost` is called in another thread with the reason, for up to `SAVE_S`.
     """
     if ray.is_initialized():
         yield
         return
     _start_ray(address, cpus, agent_delay_s)
-    ended = threading.Event()
-    threading.Thread(target=_exit_without_ray, args=(ended,), daemon=True).start()
+    ended, exiting = threading.Event(), threading.Lock()
+    threading.Thread(target=_exit_without_ray, args=(ended, exiting, on_lost), daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
+        # Waits forever if the process is about to end.
+        with exiting:
+            ended.set()
         # Hide the errors of messages to processes that are shutting down.
         with muted_stderr(), suppress(SetupError):
             within(SHUTDOWN_S, ray.shutdown)
 
 
-def _exit_without_ray(ended: threading.Event) -> None:
+def _exit_without_ray(ended: threading.Event, exiting: threading.Lock, on_lost: Callable[[str], object]) -> None:
     """End this process if Ray's head process is not reached for too long, or Ray's process of this machine has ended.
 
     Ray would do the first itself, with another exit code. After the second, its calls wait forever, `ray.shutdown` too.
@@ -106,10 +127,22 @@ def _exit_without_ray(ended: threading.Event) -> None:
             lost = "its process of this machine (raylet) has ended"
         except OSError:
             pass  # it may be suspended
-        if lost and not ended.is_set():
-            sys.stderr.write(f"vidgen: lost connection to Ray: {lost}. Run the same command again\n")
-            sys.stderr.flush()
-            os._exit(SetupError.exit_code)
+        if lost is None:
+            continue
+        with exiting:
+            if not ended.is_set():
+                _end_process(f"lost connection to Ray: {lost}. Run the same command again", on_lost)
+
+
+def _end_process(message: str, save: Callable[[str], object] = lambda _: None) -> None:
+    """End this process with a message, after `save` was called with it. Nothing else of the process is waited for."""
+    # The storage may hang, the terminal may be closed.
+    with suppress(Exception):
+        within(SAVE_S, lambda: save(message))
+    with suppress(Exception):
+        sys.stderr.write(f"vidgen: {message}\n")
+        sys.stderr.flush()
+    os._exit(SetupError.exit_code)
 
 
 def within(seconds: float, call: Callable[[], _T]) -> _T:
@@ -255,7 +288,7 @@ def _start_ray(address: str | None, cpus: float, agent_delay_s: float) -> None:
             # Ray takes `auto` from this variable, if it is set.
             address = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
             _check_reachable(address)
-            with _keep_sigterm_handler():
+            with _keep_sigterm_handler(), _connect_limit(address):
                 ray.init(address=address, **quiet)
         except (OSError, ValueError) as error:
             raise SetupError(f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}") from None
@@ -270,6 +303,25 @@ def _start_ray(address: str | None, cpus: float, agent_delay_s: float) -> None:
         raise SetupError(f"Ray did not start on this machine: {error}") from None
 
 
+@contextmanager
+def _connect_limit(address: str) -> Iterator[None]:
+    """End this process if the block takes longer than `CLUSTER_CONNECT_S`. Nothing can interrupt `ray.init`, not even SIGINT.
+
+    It returns when the node of this process has started its first workers.
+    """
+    message = (
+        f"the Ray cluster at {address} has not accepted this process for {CLUSTER_CONNECT_S:g} s. If its workers start slowly, "
+        "start its nodes with RAY_worker_register_timeout_seconds=300, otherwise see raylet.err in the logs of this node"
+    )
+    timer = threading.Timer(CLUSTER_CONNECT_S, _end_process, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class RayStartTimeout(Exception):
     """Ray's processes did not start in time, even after retries."""
 
@@ -279,13 +331,15 @@ def init_local_ray(*, agent_delay_s: float = 0.0, **options: Any) -> None:
 
     Its ports, those of the metrics included, listen on the loopback address only. The exception is the gRPC port of each
     replica of Ray Serve, which requires Ray's token. `agent_delay_s`: see `only_needed_services`.
-    Ray waits 30 s for its own processes. On a busy machine that may be too short, so the start is retried.
-    Raises RayStartTimeout.
+    Sets `LOCAL_SETTINGS`. Ray waits 30 s for its own processes. On a busy machine that may be too short, so the start is
+    retried. Raises RayStartTimeout.
     """
     # Ray creates the token in this folder, readable by everyone. If it cannot, it reports that.
     token = Path.home() / ".ray" / "auth_token"
     with suppress(OSError):
         token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, value in LOCAL_SETTINGS.items():
+        os.environ.setdefault(name, value)
     if "RAY_TMPDIR" not in os.environ:
         options = {"_temp_dir": _private_folder(), **options}
     for attempt in range(1, START_ATTEMPTS + 1):

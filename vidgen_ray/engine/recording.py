@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vidgen_ray.engine import messages as m
+from vidgen_ray.engine.callbacks import guarded
 from vidgen_ray.engine.core import Core
 from vidgen_ray.engine.processes import CoreLimits
 from vidgen_ray.outputs.records import Failure
@@ -29,7 +30,7 @@ class Recorder:
 
     def __init__(self, path: Path, on_message: Callable[[str], object] = lambda _: None) -> None:
         """Raises OSError if the file cannot be created."""
-        self._path, self._on_message = path, on_message
+        self._path, self._on_message = path, guarded(on_message)
         self._file: TextIO | None = path.open("w", encoding="utf-8")
 
     def begin(self, core: Core) -> None:

@@ -6,9 +6,10 @@ Decides nothing: which process gets a call, what a failure means and when a proc
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine import messages as m
 from vidgen_ray.engine.actor_start import SILENT_S, Ping, load_weights, ping, place_when_up, start_failure
+from vidgen_ray.engine.callbacks import GuardedObserver
 from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.canary import CANARY
 from vidgen_ray.engine.config import EngineConfig
@@ -32,7 +34,7 @@ from vidgen_ray.engine.recording import Recorder
 from vidgen_ray.engine.status import Attempt, EngineObserver, Progress
 from vidgen_ray.engine.storage_pause import StoragePause
 from vidgen_ray.engine.worker import ActorPlace
-from vidgen_ray.errors import SetupError, first_line
+from vidgen_ray.errors import EngineFailed, SetupError, first_line
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, max_loras
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.layout import Layout, WorkerSpec
@@ -47,6 +49,7 @@ NOT_SENT = "The actor is restarting"
 """Part of Ray's error text when a call was never sent: its process was already dead."""
 
 OnProgress = Callable[[Progress], None]
+_log = logging.getLogger("vidgen_ray")
 
 
 class WorkerCall(NamedTuple):
@@ -153,7 +156,10 @@ class _Asked:
     on_progress: OnProgress | None
     begun: float
     """Time since when the present attempt waits for its process, by `time.monotonic()`."""
+    is_followed: bool
+    """`on_progress` gets each step, not only the GPU-seconds of attempts that were stopped."""
     attempts: int = 0
+    is_withdrawn: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -170,6 +176,8 @@ class _Invocation:
     attempt: int
     sent: float
     host: str | None
+    begun: float | None = None
+    """Time at which it became the first call in its process, by `time.monotonic()`."""
     started_at: float | None = None
     seconds: float = 0.0
     made: CallResult | None = None
@@ -189,7 +197,7 @@ class Shell:
         storage: StoragePause,
         recorder: Recorder | None = None,
     ) -> None:
-        self._observer = observer
+        self._observer = GuardedObserver(observer)
         self._storage = storage
         self._recorder = recorder
         stages = (*(stage.name for stage in STAGES), OUTPUT)
@@ -215,6 +223,8 @@ class Shell:
         """Set, and replaced, when a row has left the table."""
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
+        self.error: EngineFailed | None = None
+        """Bug that has ended the engine."""
         self._is_checked = bool(os.environ.get(CHECK_ENGINE))
         self._do: dict[type[Any], Callable[[Any], None]] = {
             command: getattr(self, f"_do_{command.__name__}") for command in get_args(m.Command)
@@ -222,6 +232,9 @@ class Shell:
 
     def tell(self, event: m.Event) -> None:
         """Give the core an event, and carry out its commands at once: calls to a process arrive in order."""
+        self._try(self._handle, event)
+
+    def _handle(self, event: m.Event) -> None:
         if self._is_closed:
             return
         now = asyncio.get_running_loop().time()
@@ -233,9 +246,28 @@ class Shell:
         for command in commands:
             self._do[type(command)](command)
 
+    def _try(self, action: Callable[..., None], *args: Any) -> None:
+        """Do what must not fail. The event loop would log an exception, and go on without the commands that were to follow."""
+        try:
+            action(*args)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End the engine because of a bug: its calls raise EngineFailed, also those that follow."""
+        if self._is_closed:
+            return
+        reason = f"the engine has failed, which is a bug of vidgen-ray: {type(error).__name__}: {first_line(error)}"
+        _log.error(reason, exc_info=error)
+        self.error = EngineFailed(f"stopped, because {reason}. Finished shots are kept; run the same command again to resume")
+        self.close()
+        for call in self._asked:
+            self._raise(call, self.error)
+
     def close(self) -> None:
         """Cancel the background tasks. What happens from now on is ignored."""
         self._is_closed = True
+        self._notify()
         if self._timer is not None:
             self._timer.cancel()
         invocations = self._invocations.values()
@@ -257,8 +289,25 @@ class Shell:
 
     async def until_unused(self, names: Collection[str]) -> None:
         """Wait until these workers, which were removed, have no calls."""
-        while any(name in self.core.table.rows for name in names):
+        while not self._is_closed and any(name in self.core.table.rows for name in names):
             await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task whose exceptions end the engine."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._fail(error)
+
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+        return task
 
     def _do_Start(self, command: m.Start) -> None:
         handle = self._handles[command.process]
@@ -313,28 +362,34 @@ class Shell:
     def _do_Release(self, command: m.Release) -> None:
         if (task := self._handles.pop(command.process).task) is not None and task is not asyncio.current_task():
             task.cancel()
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._notify()
 
     def _do_Report(self, command: m.Report) -> None:
         self._observer.quarantined(command.process, command.reason)
 
     # Calls
 
-    async def call(self, call: Call, what: WorkerCall | Session, on_progress: OnProgress | None = None) -> Made:
+    async def call(
+        self, call: Call, what: WorkerCall | Session, on_progress: OnProgress | None = None, *, is_followed: bool = True
+    ) -> Made:
         """Return the result of a call. Raises ShotFailed.
 
-        If the caller is cancelled, the process stops at its next step, or is restarted.
+        If the caller is cancelled, the process stops at its next step, or is restarted. `on_progress` then gets the
+        GPU-seconds until now, as it does after a timeout. `is_followed`: it also gets each step.
+        Raises EngineFailed if the engine fails.
         """
+        if self.error is not None:
+            raise self.error
         call = call._replace(id=next(self._calls))
-        asked = _Asked(what, asyncio.get_running_loop().create_future(), on_progress, time.monotonic())
+        asked = _Asked(what, asyncio.get_running_loop().create_future(), on_progress, time.monotonic(), is_followed)
         self._asked[call.id] = asked
         self.tell(m.Asked(call))
         try:
             return await asked.future
         finally:
             del self._asked[call.id]
-            if not asked.future.done() or asked.future.cancelled() or asked.future.exception() is not None:
+            asked.is_withdrawn = not asked.future.done() or asked.future.cancelled()
+            if asked.is_withdrawn or asked.future.exception() is not None:
                 self.tell(m.Withdrawn(call.id))
 
     def _do_Send(self, command: m.Send) -> None:
@@ -351,12 +406,13 @@ class Shell:
             method = getattr(handle.actor, what.method).options(num_returns=what.n_results)
             *outputs, result = method.remote(self.first_call + command.number, what.plan, *what.args)
             result.future().add_done_callback(partial(self._on_result, invocation, tuple(outputs)))
-            if asked is not None and asked.on_progress is not None:
-                invocation.following = asyncio.ensure_future(self._follow(invocation, asked.on_progress))
+            _begin_first(handle, command.life)
+            if asked is not None and asked.on_progress is not None and asked.is_followed:
+                invocation.following = self._in_background(self._follow(invocation, asked.on_progress))
         else:
             session = invocation.session = EncoderSession(self, invocation)
             writing = invocation.task = asyncio.ensure_future(what(session))
-            writing.add_done_callback(partial(self._written, invocation))
+            writing.add_done_callback(partial(self._try, self._written, invocation))
 
     async def _follow(self, invocation: _Invocation, on_progress: OnProgress) -> None:
         """Report the progress of a call until it ends."""
@@ -373,10 +429,11 @@ class Shell:
     def _on_result(self, *ended: Any) -> None:
         """A call to a worker has ended. Runs in a thread of Ray."""
         if not self._is_closed:
-            self._loop.call_soon_threadsafe(self._returned, *ended)
+            self._loop.call_soon_threadsafe(self._try, self._returned, *ended)
 
     def _returned(self, invocation: _Invocation, outputs: tuple[Any, ...], returned: Future[CallResult]) -> None:
         invocation.handle.sent.pop(invocation.number, None)
+        _begin_first(invocation.handle, invocation.life)
         if (error := returned.exception()) is not None:
             self.call_raised(invocation, error)
             return
@@ -464,6 +521,8 @@ class Shell:
     def _do_Cancel(self, command: m.Cancel) -> None:
         if (invocation := self._taken(command.number)) is None:
             return
+        if invocation.asked is not None and invocation.asked.is_withdrawn:
+            _charge(invocation)
         if invocation.session is not None:
             self._end_session(invocation)
         else:
@@ -479,6 +538,8 @@ class Shell:
         if (invocation := self._taken(command.number)) is None:
             return
         self._report(invocation, command)
+        if command.failure is not None and command.failure.error == "TimedOut":
+            _charge(invocation)
         if command.kind is not None:
             session = invocation.session
             if session is not None and not session.is_committing:
@@ -511,18 +572,18 @@ class Shell:
         self._observer.retried(command.stage)
 
     def _do_CheckStorage(self, command: m.CheckStorage) -> None:
-        async def check() -> None:
-            try:
-                was_down = await self._storage.is_cause(command.kind, command.reason)
-            except SetupError as error:
-                # The folder could not be written for too long.
-                self._raise(command.call, error)
-            else:
-                self.tell(m.StorageChecked(command.call, was_down))
+        self._in_background(self._check_storage(command))
 
-        task = asyncio.ensure_future(check())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _check_storage(self, command: m.CheckStorage) -> None:
+        """Answer in every case: the call waits for it."""
+        was_down = True
+        try:
+            was_down = await self._storage.is_cause(command.kind, command.reason)
+        except SetupError as error:
+            # The folder could not be written for too long. The shot withdraws its call before the answer.
+            self._raise(command.call, error)
+            await asyncio.sleep(0)
+        self.tell(m.StorageChecked(command.call, was_down))
 
     def _do_WaitUntil(self, command: m.WaitUntil) -> None:
         if self._timer is not None:
@@ -560,6 +621,21 @@ class Shell:
                 )
             )
             started_at, waited = started_at + step_s, 0.0
+
+
+def _begin_first(handle: _Handle, life: int) -> None:
+    """Note when the first call of a process begins. It runs its calls one after another."""
+    first = next((each for each in handle.sent.values() if each.life == life), None)
+    if first is not None and first.begun is None:
+        first.begun = time.monotonic()
+
+
+def _charge(invocation: _Invocation) -> None:
+    """Report the GPU-seconds of a call that is stopped. Those until the next step of the process do not count."""
+    asked, gpus = invocation.asked, invocation.handle.spec.gpus
+    if asked is None or asked.on_progress is None or invocation.begun is None or not gpus:
+        return
+    asked.on_progress(Progress(invocation.call.stage, 0, 0, gpus * (time.monotonic() - invocation.begun)))
 
 
 def _repeated(repetition: m.Repetition | None) -> WorkerCall:

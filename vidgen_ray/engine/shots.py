@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.callbacks import GuardedObserver, guarded
 from vidgen_ray.engine.calls import CallResult, ShotFailed
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.messages import OUTPUT, Call, Kind
@@ -54,7 +55,7 @@ class Shots:
         """`chunk_frames`: chunked stage -> frames per call of its network."""
         self._routes = Routes(config, layout, chunk_frames)
         self._shell = shell
-        self._observer = observer
+        self._observer = GuardedObserver(observer)
         self._storage = storage
         self._kept: OrderedDict[tuple[str, ...], Made] = OrderedDict()
         """Keys of a call -> its result, the last used one last."""
@@ -65,6 +66,7 @@ class Shots:
 
         If the likeness is too low, the further tries of the plan follow, with other seeds.
         """
+        on_progress = None if on_progress is None else guarded(on_progress)
         # No two shots have the same order.
         order = next(self._orders) + (PRIORITY_STEP + 0.5 if plan.shot.priority == PRIORITIES[0] else 0)
         rejected: list[LikenessTooLow] = []
@@ -182,7 +184,8 @@ class Shots:
         written = await self._shell.call(call._replace(near_load=LOCAL_LEAD * COMMIT_LOAD), write)
         record = written.record
         assert record is not None
-        self._count(record.stages[len(records) :], on_progress)
+        # Chunks have counted when they ended, and encoders use no GPU.
+        self._count(record.stages[len(records) :], None)
         if chunked_stages_of(plan.shot) and any(scale > 1 for scale, _ in clip_growth(plan.shot).values()):
             n_frames, _ = clip_length(plan.shot)
             self._observer.frames_upscaled(n_frames)
@@ -241,12 +244,14 @@ class Shots:
                 asked = self._call_of(plan, order, call, current, share)
                 inputs = current.outputs[0] if current is not None else {}
                 first = cut if current is made else None
-                current = await self._shell.call(asked, WorkerCall("run_chunk", plan, (call.stages, first, inputs)))
+                worker_call = WorkerCall("run_chunk", plan, (call.stages, first, inputs))
+                current = await self._shell.call(asked, worker_call, on_progress, is_followed=False)
                 records += current.result.records
             assert current is not None
             frames_done += chunk.stop - chunk.start
             if on_progress is not None:
-                on_progress(Progress(route.chunk_calls[-1].stages[-1], frames_done, n_frames))
+                gpu_seconds = sum(record.gpu_seconds for record in records)
+                on_progress(Progress(route.chunk_calls[-1].stages[-1], frames_done, n_frames, gpu_seconds))
             return records, current.outputs[0]
 
         pending: deque[asyncio.Future[tuple[tuple[StepRecord, ...], Any]]] = deque()

@@ -22,7 +22,7 @@ class Progress(NamedTuple):
     steps: int
     """Total number of steps. 0 if not known yet."""
     gpu_seconds: float | None = None
-    """GPU-seconds of a call that has ended, or `None` if none has."""
+    """GPU-seconds of a call that has ended or was stopped, or `None` if none has."""
 
 
 class Snapshot(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from vidgen_ray.engine.callbacks import guarded
 from vidgen_ray.engine.messages import Kind
-from vidgen_ray.errors import SetupError, StorageHangs
+from vidgen_ray.errors import SetupError, StorageHangs, first_line
 from vidgen_ray.system.threads import to_daemon_thread
 
 MAX_WAIT_S = 1800.0
@@ -27,9 +28,9 @@ class StoragePause:
         """
         self._probe = probe
         self._max_wait_s = max_wait_s
-        self._on_change = on_change
+        self._on_change = guarded(on_change)
         self._since: float | None = None
-        """Time of the first failure since a file was written."""
+        """Time of the first failure, or of a file written in the pause. `None`: nothing has failed since the last file."""
         self._probing: asyncio.Future[None] | None = None
         self._running_probe: asyncio.Future[str | None] | None = None
         """The probe that has not returned yet. There is one at a time: each may hang for as long as the storage does."""
@@ -45,7 +46,7 @@ class StoragePause:
             self._on_change(reason)
         # A pause that has taken too long ends the run.
         if self._probing is None or (self._probing.done() and self._probing.exception() is None):
-            self._probing = asyncio.ensure_future(self._wait_until_writable(self._since, reason))
+            self._probing = asyncio.ensure_future(self._wait_until_writable(reason))
 
     async def over(self) -> None:
         """Wait until there is no pause. Raises SetupError if the folder could not be written for too long."""
@@ -80,10 +81,14 @@ class StoragePause:
             self._probing.result()
 
     def written(self) -> None:
-        """A shot was committed."""
-        if self._since is not None and not self.active:
-            self._since = None
-            self._on_change(None)
+        """A shot was committed. In a pause, a write may succeed that began before it."""
+        if self._since is None:
+            return
+        if self.active:
+            self._since = asyncio.get_running_loop().time()
+            return
+        self._since = None
+        self._on_change(None)
 
     async def problem(self) -> str | None:
         """Return why the folder cannot be written, or `None`."""
@@ -93,12 +98,15 @@ class StoragePause:
             return f"no response for {PROBE_TIMEOUT_S:g} s"
         if self._running_probe is probe:
             self._running_probe = None
+        if (error := probe.exception()) is not None:
+            return f"{type(error).__name__}: {first_line(error)}"
         return probe.result()
 
-    async def _wait_until_writable(self, since: float, reason: str | None) -> None:
+    async def _wait_until_writable(self, reason: str | None) -> None:
         loop = asyncio.get_running_loop()
         while reason is not None:
-            waited_s = loop.time() - since
+            assert self._since is not None, "set by `begin`, and kept while the pause is active"
+            waited_s = loop.time() - self._since
             if waited_s > self._max_wait_s:
                 raise (SetupError if self._running_probe is None else StorageHangs)(
                     f"stopped, because no file could be written to the output folder for {waited_s:.0f} s ({reason}). "

@@ -42,9 +42,10 @@ class Supervision(ABC):
         """Number of an attempt whose process was lost -> its call, as long as that has no result."""
         self._timers: list[tuple[float, int, Process | Request]] = []
         self._numbers = self._timer_numbers = 0
-        self._grace = -math.inf
-        """Until then no deadline passes: the driver was stopped, and responses may wait to be read."""
-        self._verdicts_changed = False
+        self._evidence_changed = False
+        """Something has changed that may decide about calls which wait for evidence."""
+        self._decided: dict[Request, None] = {}
+        """Calls of which an attempt has got a verdict, or whose time to wait for evidence is over."""
         self._out: list[m.Command] = []
 
     # What `Core` adds
@@ -113,7 +114,7 @@ class Supervision(ABC):
             process.failed_loads, process.was_ready = 0, True
             process.calls_to_check = 1 if process.is_found_sick else self.limits.first_checked_call
             self._enter(process, State.LIVE)
-            self._verdicts_changed = True
+            self._evidence_changed = True
 
     def _on_LoadFailed(self, event: m.LoadFailed) -> None:
         if (process := self._row(event.process, event.life)) is not None and process.state is State.STARTING:
@@ -192,16 +193,15 @@ class Supervision(ABC):
 
     # Quarantine
 
-    def _blame(self, failed: FailedAttempt, request: Request) -> None:
+    def _blame(self, failed: FailedAttempt) -> None:
         """Count a failure against its process, and quarantine it if it fails for different shots in a row.
 
         After a quarantine, until it has finished a call, a single failure is enough, and one of the node always is.
         """
-        process = self.table.rows.get(failed.process)
+        process, request = self.table.rows.get(failed.process), failed.request
         if process is None or process.state is State.QUARANTINED or failed.at <= process.lost_at:
             # Another process has replaced it since, or will.
-            failed.verdict = Verdict.SICK
-            self._verdicts_changed = True
+            self._judge(failed, Verdict.SICK)
             return
         process.failures[failed] = request.call
         calls = [call for each, call in process.failures.items() if not each.is_forgiven]
@@ -217,17 +217,20 @@ class Supervision(ABC):
         process.quarantines = 0
         if process.failures:
             for each in [each for each, call in process.failures.items() if call.order != order]:
-                each.verdict = Verdict.WELL
+                self._judge(each, Verdict.WELL)
                 del process.failures[each]
-            self._verdicts_changed = True
+
+    def _judge(self, failed: FailedAttempt, verdict: Verdict) -> None:
+        failed.verdict = verdict
+        self._decided[failed.request] = None
+        self._evidence_changed = True
 
     def _forgive(self, process: Process, verdict: Verdict = Verdict.SICK) -> None:
         """The process is gone: its failures do not count against their shots."""
         for failed in process.failures:
-            failed.verdict = verdict
+            self._judge(failed, verdict)
         process.failures.clear()
         process.lost_at = self.now
-        self._verdicts_changed = True
 
     def _quarantine(self, process: Process, reason: str) -> None:
         """Restart a process, or give it up."""
@@ -308,12 +311,22 @@ class Supervision(ABC):
             self._timer_numbers += 1
             heappush(self._timers, (when, self._timer_numbers, owner))
 
+    def _extend_deadlines(self, seconds: float) -> None:
+        """The driver, and maybe all processes, were suspended for this long: no deadline passes because of that.
+
+        Results may wait to be read.
+        """
+        soonest = self.now + self.limits.late_s
+        for process in self.table.rows.values():
+            for running in process.calls.values():
+                running.extend(seconds, soonest)
+            if process.state is not State.QUARANTINED:
+                process.deadline = max(process.deadline + seconds, soonest)
+
     def _due(self, process: Process) -> None:
         """The deadline of a row has passed."""
         if process.state is State.QUARANTINED:
             self._start(process)
-        elif self.now < self._grace:
-            process.deadline = self._grace
         elif process.state is State.STARTING:
             seconds = self.limits.load_silence_s
             message = f"{process.name} hangs while it loads its weights: it has neither read nor computed for {seconds:.0f} s"

@@ -22,6 +22,11 @@ LINE_EVERY_S = 15.0
 class Console(rich_console.Console):
     """Console of rich that escapes the text of all it prints. Its own colours and cursor movements are control segments."""
 
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is handled. rich would end the process, in the middle of a run."""
+        self.quiet = True
+        raise  # called in the handler
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Return escaped text, so that its width is known before a table is drawn."""
         return super().render_str(escaped(text), **options)

@@ -1,4 +1,4 @@
-"""Memory that is free now, on a GPU and on the host; and unused GPU memory given back to the driver."""
+"""Free memory of GPU and host now, errors that say that there is none, and unused GPU memory given back to the driver."""
 
 import gc
 import sys
@@ -9,6 +9,17 @@ from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "Failed to allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "Unable to find a valid cuDNN algorithm",
+)
+"""Texts in the errors of torch and the CUDA driver, of onnxruntime, cuBLAS, cuDNN and cuSOLVER. torch reports the last one if
+no convolution algorithm finds room for its workspace."""
 
 
 def free_bytes(device: str) -> float:
@@ -66,3 +77,10 @@ def free_gpu_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that host or GPU memory ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )

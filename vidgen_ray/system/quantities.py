@@ -18,13 +18,13 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def size(n_bytes: float) -> str:
-    """Return a size in decimal units: `12.3 MB`."""
+def size(n_bytes: float, digits: int = 3) -> str:
+    """Return a size in decimal units, with this many significant digits: `12.3 MB`."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if n_bytes < 1000 or unit == "TB":
             break
         n_bytes /= 1000
-    return f"{n_bytes:.3g} {unit}" if n_bytes < 100 else f"{n_bytes:,.0f} {unit}"
+    return f"{n_bytes:.{digits}g} {unit}" if n_bytes < 10 ** (digits - 1) else f"{n_bytes:,.0f} {unit}"
 
 
 def count(number: int, thing: str) -> str:

@@ -75,6 +75,11 @@ def escaped_output() -> Iterator[None]:
             stream.escape = str
 
 
+def protocol_output() -> AbstractContextManager[Any]:
+    """Return a context in which standard output belongs to a protocol: nothing that is written to it is escaped."""
+    return redirect_stdout(getattr(sys.stdout, "rich_proxied_file", sys.stdout))
+
+
 def cursor_movable() -> AbstractContextManager[Any]:
     """Return a context in which progress bars of other libraries can move the cursor on standard error."""
     return redirect_stderr(getattr(sys.stderr, "rich_proxied_file", sys.stderr))
