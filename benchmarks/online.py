@@ -6,8 +6,9 @@ jobs are stored.
 Then several clients do so at once, which gives the images per second, and the CPU time of each process for an image.
 Serve: `vidgen serve` with the profile `tiny`, as a command: seconds until it is ready, memory at rest, and images of one step.
 Kills: many clients submit jobs while every few seconds a random process of the server (API, director, owner of the workers,
-worker, encoder) is killed with SIGKILL.
+worker, encoder; with Ray Serve also its proxy and controller) is killed with SIGKILL.
 
+`--host ray-serve` runs the server on Ray Serve, as `serve deploy` does.
 Clients and server share this machine. The time includes encoding and writing the files, which are tiny.
 """
 
@@ -59,8 +60,13 @@ from vidgen_ray.shot import Shot
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"image, 1 client, p50": 60.0, "images per second, 100 clients": 150.0, "accepted jobs lost": 0.0}
-PROCESSES = ("ray::Api", "ray::Director", "ray::Worker", "ray::Encoder")
-"""Prefixes of the process titles of the server."""
+HOSTS = ("actors", SERVE_HOST := "ray-serve")
+"""Actors of `vidgen serve`, and Ray Serve."""
+PROCESSES = (
+    *("ray::Api", "ray::Director", "ray::Worker", "ray::Encoder"),
+    *("ray::ServeReplica", "ray::ProxyActor", "ray::ServeController"),
+)
+"""Prefixes of the process titles of the server, and of Ray Serve."""
 CPU_WORKERS = 2
 OTHER_DIRECTOR = "benchmark"
 """Owner of jobs that stay in progress."""
@@ -105,6 +111,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Small sizes.")
     parts = [SERVE, *PARTS]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="Parts to measure. Default: all.")
+    parser.add_argument("--host", choices=HOSTS, default=HOSTS[0], help="What runs the server in all parts but serve.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
     # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package.
@@ -117,7 +124,7 @@ def main() -> int:
             rows += _serve(folder, size)
         if parts := [part for part in args.parts if part != SERVE]:
             # Ray prints a message for every killed process, hence muted_stderr.
-            with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), _no_op_server(folder) as server:
+            with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), _no_op_server(folder, args.host) as server:
                 for part in parts:
                     rows += PARTS[part](server, size)
     finally:
@@ -146,9 +153,10 @@ class Server:
 
 
 @contextmanager
-def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Server]:
+def _server(profile: str, data: Path, stages: Mapping[str, Any], host: str) -> Iterator[Server]:
+    """Start a server. `host`: one of `HOSTS`."""
     from vidgen_ray.online.server import serving
-    from vidgen_ray.online.server_plan import server_plan
+    from vidgen_ray.online.server_plan import parts_of, server_plan
     from vidgen_ray.online.server_settings import Limits, OnlineSettings
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner.cluster import this_machine
@@ -158,21 +166,33 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     unlimited = 1_000_000
     limits = Limits(open_jobs=unlimited, requests_per_minute=unlimited, streams=unlimited)
     settings = OnlineSettings(profile=profile, data=str(data), port=port, limits=limits, max_queued=unlimited)
-    with listening, serving(server_plan(settings, this_machine), listening, stages) as server:
+    plan = server_plan(settings, this_machine)
+    if host == SERVE_HOST:
+        from ray import serve
+
+        from vidgen_ray.online.application import application
+
+        listening.close()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application(parts_of(plan, stages)), name="vidgen", route_prefix="/")
+        yield Server(port, open_store(settings))
+        serve.shutdown()
+        return
+    with listening, serving(plan, listening, stages) as server:
         server.wait_until_accepting(threading.Event())
         server.wait_until_ready(threading.Event())
         yield Server(port, open_store(settings))
 
 
 @contextmanager
-def _no_op_server(folder: Path) -> Iterator[Server]:
+def _no_op_server(folder: Path, host: str) -> Iterator[Server]:
     weights = folder / "weights"
     weights.mkdir()
     (weights / "animevideov3.safetensors").write_bytes(b"nothing")
     actors = {stage.actor: {"weights": str(weights), "cpus": 0.5} for stage in ON_THESE_ACTORS.values()}
     profile = folder / "no-op.yaml"
     profile.write_text(yaml.safe_dump({"name": "no-op", "about": "does nothing", "cpu_workers": CPU_WORKERS, "actors": actors}))
-    with _server(str(profile), folder / "no-op", ON_THESE_ACTORS) as server:
+    with _server(str(profile), folder / "no-op", ON_THESE_ACTORS, host) as server:
         yield server
 
 

@@ -39,6 +39,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.render.shot_files import ShotFiles
 from vidgen_ray.render.step_runner import StepFailed
 from vidgen_ray.stages.base import Item, progress_callback
+from vidgen_ray.system.http_limits import LimitedHttp
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
 """Arguments of a TestClient that connects from this machine."""
@@ -215,7 +216,8 @@ def local_server(
 def listening_on_a_port(app: FastAPI, port: int = 0) -> Iterator[str]:
     """Serve the app on a local port, by default a free one, and yield its URL."""
     with socket.create_server(("127.0.0.1", port)) as bound:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=0))
+        config = uvicorn.Config(app, http=LimitedHttp, log_level="critical", lifespan="on", timeout_graceful_shutdown=0)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         while not server.started:

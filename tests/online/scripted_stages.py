@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from tests.fake_stages import FAKES, FakeFlux, FakeStage
 from vidgen_ray.stages.base import report_progress
 from vidgen_ray.stages.flux import FluxRefineStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 
 STEPS = re.compile(r"steps (\d+) pause at (\d+) (\S+)")
 
@@ -18,6 +19,11 @@ STEPS = re.compile(r"steps (\d+) pause at (\d+) (\S+)")
 class FakeRefine(FakeStage, FluxRefineStage):
     def one(self, shot, artefacts):
         return {"image": artefacts["image"]}
+
+
+class FakeHunyuan(FakeStage, HunyuanDiTStage):
+    def one(self, shot, artefacts):
+        return {"image": 255 - artefacts["image"]}
 
 
 class ScriptedFlux(FakeFlux):
@@ -41,7 +47,7 @@ def append_line(path, text):
     os.close(file)
 
 
-SCRIPTED = {**FAKES, "refine": FakeRefine, "flux": ScriptedFlux}
+SCRIPTED = {**FAKES, "refine": FakeRefine, "hunyuan": FakeHunyuan, "flux": ScriptedFlux}
 
 
 @contextmanager

@@ -102,7 +102,8 @@ def test_variants_return_image_thumbnail_and_spritesheet_until_the_files_are_del
     assert (image.format, image.size) == ("PNG", (64, 64))
     assert Image.open(io.BytesIO(content(client, clip, "thumbnail").content)).format == "WEBP"
     assert Image.open(io.BytesIO(content(client, clip, "spritesheet").content)).size == (2 * 160, 160)
-    assert error_of(content(client, clip, "hologram"), 400)["param"] == "variant"
+    wrong = error_of(content(client, clip, "hologram"), 400)
+    assert (wrong["param"], wrong["message"].count("spritesheet")) == ("variant", 1)
     server.outputs.storage.delete_folder(shot_path(server.store.get(clip["id"], None).shot_id))
     for variant in ("video", "thumbnail", "image"):
         assert error_of(content(client, clip, variant), 404)["code"] == "expired"

@@ -3,19 +3,25 @@
 import asyncio
 import base64
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
+from pathlib import Path
+from threading import Event
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 from sqlalchemy import update
 from starlette.testclient import TestClient
@@ -38,6 +44,8 @@ from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.records import shot_path
 from vidgen_ray.render.shot_files import write_clip
+from vidgen_ray.system import http_limits
+from vidgen_ray.system.files import temporary_prefix, this_process
 
 DAY_S = 24 * 3600
 FORM = "multipart/form-data"
@@ -68,6 +76,92 @@ def png(width=64, height=64, **options) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "teal").save(buffer, "PNG", **options)
     return buffer.getvalue()
+
+
+REQUEST = b"POST /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+TRAILERS = b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (REQUEST + b"Content-Length: 300000\r\n\r\n" + bytes(300_000), b"405"),
+        (REQUEST + TRAILERS + b"\r\n", b"405"),
+        (REQUEST + b"a: b\r\n" * 1000, b"431"),
+        (REQUEST + b"a: " + b"b" * 100_000, b"431"),
+        (b"GET /" + b"x" * 100_000, b"431"),
+        (b"\r\n" * 50_000, b"431"),
+        (REQUEST + TRAILERS + b"a: b\r\n" * 1000, b"431"),
+        (REQUEST + TRAILERS + b"a: " + b"b" * 600_000, b"431"),
+        (b"", b""),
+        (b"\r\n", b""),
+        (REQUEST, b""),
+    ],
+    ids=[
+        "body",
+        "trailers",
+        "headers",
+        "header",
+        "url",
+        "newlines",
+        "many-trailers",
+        "trailer",
+        "idle",
+        "newline",
+        "unfinished",
+    ],
+)
+def test_long_headers_are_refused_and_late_ones_end_the_connection(monkeypatch, sent, status):
+    monkeypatch.setattr(http_limits, "HEAD_S", 0.5 if not status else 60)
+    app = FastAPI()
+    app.add_api_route("/healthz", lambda: None)
+    with listening_on_a_port(app) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.settimeout(60)
+        answer, is_refused = b"", status != b"405"
+        # The connection of a client that still sends may be reset before it has read the answer.
+        with suppress(ConnectionError):
+            connection.sendall(sent)
+            while is_refused or not answer:
+                if not (piece := connection.recv(1 << 16)):
+                    break
+                answer += piece
+    assert (b"HTTP/1.1 " + status in answer) if status and answer else is_refused
+
+
+def test_connection_ends_although_the_rest_of_an_answered_request_never_arrives(monkeypatch):
+    monkeypatch.setattr(http_limits, "HEAD_S", 0.3)
+    app, started, release, end_late = FastAPI(), Event(), Event(), http_limits.LimitedHttp._end_late
+    app.add_api_route("/slow", lambda: started.set() or release.wait(60))
+    monkeypatch.setattr(http_limits.LimitedHttp, "_end_late", lambda self: end_late(self) or release.set())
+    with listening_on_a_port(app) as url:
+        address = "127.0.0.1", int(url.rpartition(":")[2])
+        with socket.create_connection(address, 60) as answered:
+            answered.sendall(REQUEST + b"Content-Length: 100\r\n\r\n")
+            assert b"HTTP/1.1 404" in answered.recv(1 << 16)
+            answered.sendall(b"a")
+            while answered.recv(1 << 16):
+                pass
+        release.clear()
+        with socket.create_connection(address, 60) as slow:
+            slow.sendall(b"GET /slow HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert started.wait(60)
+            slow.sendall(b"\r\n")
+            assert b"HTTP/1.1 200" in slow.recv(1 << 16), "the start of the next request must not end this one"
+
+
+def test_request_of_a_client_that_has_gone_is_no_error(server):
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/x-www-form-urlencoded"), (b"content-length", b"99"), (b"host", b"127.0.0.1")]
+    scope = {"type": "http", "method": "POST", "path": "/sign-in", "query_string": b"", "headers": headers}
+    asyncio.run(server.app({**scope, "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "scheme": "http"}, receive, send))
+    assert sent[0]["status"] == 499
 
 
 def test_missing_or_invalid_key_is_rejected_except_by_health_checks(server):
@@ -543,6 +637,66 @@ def test_request_and_character_with_a_face_need_a_consent_and_record_it(server, 
     assert (job.shot.consent, job.request["require_consent"]) == (None, False)
 
 
+def before(monkeypatch, owner, name, call):
+    """Call a function once, before the next call of a method."""
+    original, calls = getattr(owner, name), [call]
+
+    def wrapped(*args, **options):
+        if calls:
+            calls.pop()()
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize("first", ["delete", "create"])
+@pytest.mark.parametrize("kind", ["characters", "videos"])
+def test_upload_that_is_deleted_while_a_request_uses_it(server, client, held, monkeypatch, kind, first):
+    """Each request is the second one to write, but has begun before the other one."""
+    content = resized(230 + len(kind)) if kind == "characters" else png(71, 70)
+    upload = client.post("/v1/files", files={"file": ("a", content)}).json()["id"]
+    image = {"file_id": upload}
+
+    def create():
+        if kind == "characters":
+            return client.post("/v1/videos/characters", json={"name": f"race {first}", "image": image, **CONSENT_FIELD})
+        return client.post("/v1/videos", json={**SMALL, "input_reference": image, "seed": 5})
+
+    def delete():
+        return client.delete(f"/v1/files/{upload}")
+
+    answers = []
+    if first == "delete":
+        owner, name = (server.store.characters, "create") if kind == "characters" else (server.store, "create_all")
+        before(monkeypatch, owner, name, lambda: answers.append(delete()))
+        assert error_of(create(), 400)["code"] == "file_not_found"
+        assert answers[0].status_code == 200
+        return
+    before(monkeypatch, server.store.uploads, "delete", lambda: answers.append(create()))
+    assert delete().status_code == (409 if kind == "characters" else 200)
+    assert answers[0].status_code == 200
+    file = server.app.state.server.job_service.uploads._folder / upload.removeprefix("file-")
+    assert file.exists(), "the open job needs it"
+
+
+def test_face_of_a_job_that_is_created_while_its_character_is_erased(server, client, held, monkeypatch):
+    fields, files = {"name": "Racing", **CONSENT_FIELD}, {"image": ("me.png", resized(240))}
+    character = client.post("/v1/videos/characters", data=fields, files=files).json()
+    late, service = [], server.app.state.server.job_service
+    dropped = service._drop_cached
+
+    def drop(jobs):
+        number = dropped(jobs)
+        if not late:
+            late.append(made(client, character="Racing")["id"])
+        return number
+
+    monkeypatch.setattr(service, "_drop_cached", drop)
+    erased = client.delete(f"/v1/characters/{character['id']}").json()
+    assert erased["videos"] == late
+    assert client.get(f"/v1/videos/{late[0]}").json()["error"]["code"] == "cancelled"
+
+
 @pytest.mark.parametrize("has_other_keys", [False, True])
 def test_erased_character_leaves_no_photo_and_no_features(server, client, held, has_other_keys):
     """`held`: the jobs stay queued, so what their stages would store is put in place by hand. `has_other_keys`: as if another
@@ -672,6 +826,21 @@ def test_stored_bytes_of_a_tenant_are_limited(server):
     assert full.delete(f"/v1/files/{ids[0]}").status_code == 200
     assert full.post("/v1/files", files={"file": ("a", png(66, 66))}).status_code == 200
     assert client_of(server, "bob").post("/v1/files", files={"file": ("a", png(67, 67))}).status_code == 200
+
+
+def test_upload_that_cannot_be_stored_leaves_no_record_and_temporary_files_of_ended_processes_go(server, monkeypatch):
+    bob, folder = client_of(server, "bob"), server.app.state.server.job_service.uploads
+    before = bob.get("/v1/files").json()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        assert bob.post("/v1/files", files={"file": ("a", png(70, 70))}).status_code == 503
+    assert bob.get("/v1/files").json() == before
+    ended, own = this_process()._replace(started=1), folder.temporary_file()
+    left = folder._folder / f"{temporary_prefix(ended)}x"
+    left.touch()
+    folder.remove_unreferenced(3600)
+    assert (left.exists(), own.exists()) == (False, True)
+    own.unlink()
 
 
 def test_unused_uploads_expire(tiny, tmp_path, database_url):

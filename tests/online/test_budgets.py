@@ -36,7 +36,8 @@ def test_requests_over_a_budget_are_refused_with_what_is_left_and_usage_is_repor
         fits = int(1.0 / estimate["cost"])
         assert 0 < fits < 30
         for seed in range(fits):
-            assert ada.post("/v1/videos", json={**SMALL, "seed": seed}).status_code == 200
+            created = ada.post("/v1/videos", json={**SMALL, "seed": seed, "model": ("tiny", "sora-2")[seed % 2]})
+            assert (created.status_code, created.json()["model"]) == (200, ("tiny", "sora-2")[seed % 2])
         refused = ada.post("/v1/videos", json=SMALL)
         error = refused.json()["error"]
         assert (refused.status_code, error["code"], refused.headers["x-should-retry"]) == (429, "budget_exceeded", "false")
@@ -54,12 +55,42 @@ def test_requests_over_a_budget_are_refused_with_what_is_left_and_usage_is_repor
         assert sum(row["gpu_seconds"] for row in rows) == 0.75
         assert {row["model"] for row in rows} == {"tiny"}
         assert ada.get("/v1/usage", params={"last": "2020-01-01"}).json()["data"] == []
-        assert ada.get("/v1/usage", params={"first": "never"}).status_code == 400
+        for day in ("never", "0", "2020-01-01T00:00:00"):
+            assert ada.get("/v1/usage", params={"first": day}).status_code == 400
+        with server.store.engine.begin() as connection:
+            more = "SELECT key_id, model, '2020-01-01', tenant, 1, 1, 0, 0, 0 FROM vidgen_usage"
+            connection.exec_driver_sql(f"INSERT INTO vidgen_usage {more}")
+        pages = [ada.get("/v1/usage", params={"limit": 1}).json()]
+        pages.append(ada.get("/v1/usage", params={"limit": 1, "after": pages[0]["last_id"]}).json())
+        assert [(page["data"][0]["day"] == "2020-01-01", page["has_more"]) for page in pages] == [(True, True), (False, False)]
     wrong = OnlineSettings(limits={"budgets": [{"window": "day", "cost": 1}]})
     with pytest.raises(SetupError, match="gpu_hour_price"):
         load_keys(None, wrong.limits).check_budgets(None)
     with pytest.raises(ValueError, match="either gpu_seconds or cost"):
         Budget(window="day")
+    for wrong in ("5", True):
+        with pytest.raises(ValueError, match="must be a number, without quotes"):
+            OnlineSettings(limits={"budgets": [{"window": "day", "gpu_seconds": wrong}]})
+        with pytest.raises(ValueError, match="must be a number, without quotes"):
+            OnlineSettings(max_queued=wrong)
+
+
+def test_reserved_seconds_follow_a_machine_that_becomes_slower(tmp_path):
+    store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
+    shot = Shot(id="online-1", prompt="a", seed=7)
+
+    def stored(budgets=()):
+        values = {"id": new_id("shot"), "tenant": "t", "kind": JobKind.SHOT, "shot": shot, "key": "k", "key_id": "ada"}
+        job = Job(**values, estimate=2.0, created_at=0, request={"model": "gpt-image-1", "usage_model": "tiny"})
+        return store.create(job, budgets=budgets)[0]
+
+    for seconds in [*[2.0] * 90, *[8.0] * 10]:
+        stored()
+        (job,) = store.queue.claim("d", 10**6, 1)
+        store.queue.end(job.id, "d", JobState.COMPLETED, gpu_seconds=seconds)
+    assert stored().reserved == pytest.approx(2.6)
+    assert stored([Budget(window="day", gpu_seconds=1e6)]).reserved == 8.0
+    store.close()
 
 
 def test_batch_that_waits_for_a_budget_delays_no_other_batch(tiny, tmp_path, monkeypatch):
@@ -109,8 +140,9 @@ class Directors(RuleBasedStateMachine):
         self.counted: dict[tuple[str, str], float] = {}
         names = dict.fromkeys(("endpoint", "input_file_id", "completion_window"), "x")
         batch = Batch(id="b", tenant="t", key_id="ada", metadata={}, created_at=0, expires_at=1e12, **names)
+        self.stores[0].uploads.add(batch.tenant, batch.input_file_id, "x", 1)
         self.stores[0].batches.create(batch)
-        self.stores[0].batches.start(batch, 10**6)
+        self.stores[0].batches.start(batch, 10**6, 1)
 
     def open(self) -> JobStore:
         return JobStore(self.url, now=lambda: self.now, steady=lambda: self.steady, durable=False, gpu_hour_price=PRICE)

@@ -118,6 +118,21 @@ def test_streams_share_one_poll_which_continues_after_a_database_error(store, fe
     run(follow())
 
 
+def test_only_streams_that_clients_open_again_are_closed(store, feed):
+    async def follow() -> None:
+        job = stored_job(store)
+        waiting, kept = asyncio.ensure_future(feed.ended(job)), feed.follow(job)
+        async with aclosing(feed.follow_tenant("ada", 0)) as of_page, aclosing(feed.follow(job, may_close=True)) as of_job:
+            await anext(kept)
+            assert (len((await anext(of_page)).jobs), (await anext(of_job)).id) == (1, job.id)
+            feed.close_streams()
+            assert [state async for state in of_job] == [changes async for changes in of_page] == []
+        store.request_cancel(job.id, "ada")
+        assert ((await anext(kept)).state, (await waiting).state) == ("cancelled", "cancelled")
+
+    run(follow())
+
+
 def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed):
     stored_job(store)
     cursor = store.latest_version()
@@ -156,7 +171,7 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
             seen.append((event.event, event.id, event.data and json.loads(event.data)))
             if len(seen) == 2:
                 store.queue.claim("d", 30, 1)
-        assert seen[1] == ("changes", str(first), {"jobs": [[job.id, True]], "deleted": []})
+        assert seen[1] == ("changes", str(first), {"jobs": [[job.id, True]], "deleted": [], "has_lines": False})
         return [name for name, _, _ in seen]
 
     assert run(events()) in ([None, "changes", "signed-out"], [None, "changes", "changes", "signed-out"])

@@ -90,6 +90,7 @@ def short(tmp_path_factory):
 
 def test_ha_proxy_is_refused_at_any_host(monkeypatch):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
     with pytest.raises(SetupError, match="Run `unset RAY_SERVE_ENABLE_HA_PROXY`"):
         build(OnlineSettings())
 
@@ -125,6 +126,7 @@ def test_server_beyond_loopback_is_refused_without_keys_and_token_authentication
         except SetupError as error:
             return str(error)
 
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
     for name in ("server_plan", "parts_of", "application"):
         monkeypatch.setattr(application, name, lambda *_: None)
     keys = f"ada={hash_key('k')}"

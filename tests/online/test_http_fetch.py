@@ -289,14 +289,18 @@ def test_webhook_of_a_request_gets_signed_messages_if_its_host_is_allowed(site, 
         others = settings.webhooks.model_copy(update={"allow_hosts": ("a.example.com",)})
         for sent in (others, settings.webhooks):
             assert WebhookSender(sent, server.store).deliver_due() == 0
+        # Private addresses need the name of the host itself.
+        wildcard = settings.webhooks.model_copy(update={"allow_hosts": ("*.0.0.1",)})
+        ended(ada, ada.post("/v1/videos", json={**SMALL, "webhook": f"{site.url}/hook"}).json()["id"])
+        assert WebhookSender(wildcard, server.store).deliver_due() == 0
     assert len(site.requests) == 3
 
 
 def test_webhook_with_a_tenant_receives_only_its_jobs():
     webhook = {"name": "a", "url": "https://a.example", "secret": SECRET, "tenant": "ada"}
     settings = OnlineSettings(webhooks={"targets": [webhook, {**webhook, "name": "b", "tenant": None}]})
-    assert settings.webhooks.names_for("ada") == ["a", "b"]
-    assert settings.webhooks.names_for("bob") == ["b"]
+    assert settings.webhooks.names_for("ada", "video.failed", False) == ["a", "b"]
+    assert settings.webhooks.names_for("bob", "video.failed", False) == ["b"]
     with pytest.raises(ValueError, match="names must be unique"):
         OnlineSettings(webhooks={"targets": [webhook, webhook]})
     with pytest.raises(ValueError, match="whsec_"):

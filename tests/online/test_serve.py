@@ -13,13 +13,15 @@ import pytest
 import yaml
 from ray.serve._private import constants
 from ray.serve._private.http_util import _apply_middlewares, call_function_from_import_path
+from starlette.testclient import TestClient
 
 from tests.online.on_serve.applications import POLL_S
 from tests.online.scripted_server import ROOT, scripted_server
 from tests.online.scripted_stages import pipes_open
 from vidgen_ray.cli import main
-from vidgen_ray.errors import UsageError
-from vidgen_ray.online import ENVIRONMENT, HeapTrim
+from vidgen_ray.errors import UsageError, VidgenError
+from vidgen_ray.online import ENVIRONMENT, HeapTrim, LostReplica
+from vidgen_ray.online.application import build_with
 from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.serve_command import settings_of
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -90,6 +92,38 @@ def test_response_has_one_request_id():
     app = _apply_middlewares(sync_video, call_function_from_import_path(path))
     asyncio.run(app({"type": "http", "path": "/v1/videos/sync", "headers": []}, None, keep))
     assert [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"] == [b"video_1"]
+
+
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [(None, 503), ((503, b"text/plain"), 503), ((500, b"application/json"), 500), ((200, b"text/plain"), 200)],
+    ids=["nothing", "proxy", "api", "text"],
+)
+def test_request_whose_replica_is_lost_can_be_sent_again(start, status):
+    async def proxy(scope, receive, send):
+        if start is not None:
+            await send({"type": "http.response.start", "status": start[0], "headers": [(b"content-type", start[1])]})
+            await send({"type": "http.response.body", "body": b"its own"})
+
+    response = TestClient(LostReplica(proxy)).get("/v1/models")
+    assert response.status_code == status
+    if response.headers.get("Retry-After"):
+        assert (status, response.json()["error"]["code"]) == (503, "unavailable")
+    else:
+        assert (status != 503, response.text) == (True, "its own")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"prot": 8000}, "args, prot: Extra inputs are not permitted"),
+        ({"port": "x"}, "args, port: Value error, must be a number"),
+        ({"profile": "nope", "gpus": "1x80GB"}, "profile 'nope': must be one of auto"),
+    ],
+)
+def test_wrong_args_of_a_serve_config_are_a_sentence(args, message):
+    with pytest.raises(VidgenError, match=message):
+        build_with(args)
 
 
 def test_memory_of_large_bodies_is_returned_after_the_request(monkeypatch):

@@ -1,6 +1,7 @@
 """Serving profile, estimates of progress and queue, metric labels, and errors of jobs and of Serve."""
 
 import asyncio
+import logging
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vidgen_ray.online.queue_estimate import (
     QueueEstimator,
     expected_seconds,
 )
+from vidgen_ray.online.recent_warnings import RecentWarnings
 from vidgen_ray.online.server_plan import server_plan
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
@@ -132,6 +134,15 @@ def test_metrics_are_documented_have_few_labels_and_do_not_name_the_tenants(monk
     text = (DOCS / "online.md").read_text()
     for name, spec in JOB_METRICS.items():
         assert f"{name}_total`" in text if spec.kind == "counter" else f"`{name}`" in text
+
+
+def test_who_logs_a_warning_does_not_fail_because_of_it(capsys):
+    kept, logger = RecentWarnings(), logging.Logger("a")
+    logger.addHandler(kept)
+    logger.error("job %s failed", 1, exc_info=False)
+    logger.warning("%s without its number %s", "a text")
+    assert kept.take() == ["job 1 failed"]
+    assert "Logging error" in capsys.readouterr().err
 
 
 def test_revision_names_what_decides_the_bytes_of_clips(tiny):

@@ -53,7 +53,7 @@ def steady():
 
 @pytest.fixture
 def store(database_url, clock, steady):
-    store = JobStore(database_url, retention_s=3600, targets=lambda tenant: ["hook"], now=clock, steady=steady)
+    store = JobStore(database_url, retention_s=3600, targets=lambda tenant, event, is_line: ["hook"], now=clock, steady=steady)
     yield store
     store.close()
 
@@ -328,7 +328,8 @@ def test_purge_deletes_old_jobs_and_their_unshared_files(store, clock):
 def test_completed_job_with_missing_files_is_queued(store):
     completed = new_job(state=JobState.COMPLETED, progress=100, completed_at=5.0, shot_id="online-1")
     (with_files, without_files), _ = store.create_all(
-        [completed, completed.model_copy(update={"id": "video_2"})], files_exist=lambda job: job.id == completed.id
+        [completed, completed.model_copy(update={"id": "video_2"})],
+        files_exist=lambda job: job.id == completed.id or not job.state.is_final,
     )
     assert (with_files.state, without_files.state, without_files.progress, without_files.shot_id) == (
         JobState.COMPLETED,
@@ -585,14 +586,18 @@ def scans(store, statement, parameters):
 
 def test_no_call_scans_a_table(database_url):
     """The store has many ended jobs, some queued ones, some in progress, and old and new idempotency keys."""
-    store, statements = JobStore(database_url, retention_s=10 * time.time(), targets=lambda tenant: ["hook"]), []
+    store, statements = (
+        JobStore(database_url, retention_s=10 * time.time(), targets=lambda tenant, event, is_line: ["hook"]),
+        [],
+    )
     fill(store, STORED, QUEUED)
     names = "key_id", "endpoint", "input_file_id", "completion_window"
+    store.uploads.add("ada", "x", "x", 1)
     store.batches.create(Batch(id="b", tenant="ada", metadata={}, created_at=0, expires_at=1, **dict.fromkeys(names, "x")))
     store.queue.claim("d", 3600, 5)
 
     def record(connection, cursor, statement, parameters, context, executemany):
-        statements.append((statement, parameters))
+        statements.append((statement, parameters[0] if executemany else parameters))
 
     event.listen(store.engine, "before_cursor_execute", record)
     for name, call in CALLS.items():

@@ -8,9 +8,11 @@ import ctypes
 import sys
 import uuid
 from contextlib import suppress
+from contextvars import ContextVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "vidgen_ray.online:middlewares"}
@@ -18,10 +20,24 @@ ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "vidgen_ray.online:m
 
 
 def middlewares() -> list[Middleware]:
-    """Return the middlewares of the HTTP proxy. Ray Serve calls this in the proxy's process."""
-    return [Middleware(OneRequestId), Middleware(HeapTrim)]
+    """Return the middlewares of the HTTP proxy, and limit its connections. Ray Serve calls this in the proxy's process.
+
+    The proxy has no setting for its HTTP protocol, so the one that uvicorn chooses by itself is replaced.
+    """
+    from uvicorn.config import HTTP_PROTOCOLS
+
+    HTTP_PROTOCOLS["auto"] = "vidgen_ray.system.http_limits:LimitedHttp"
+    return [Middleware(LostReplica), Middleware(OneRequestId), Middleware(HeapTrim)]
 
 
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Id of the request that this task answers, for logs."""
+LOST_REPLICA = {
+    "message": "The server does not respond. Try again later.",
+    "type": "server_error",
+    "param": None,
+    "code": "unavailable",
+}
 LARGE_BODY_BYTES = 1_000_000
 TRIM_DELAY_S = 2.0
 
@@ -67,14 +83,52 @@ class OneRequestId:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = Headers(scope=scope).get("X-Request-Id") or str(uuid.uuid4())
+
         async def send_one_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                ids = headers.getlist("X-Request-Id") or [Headers(scope=scope).get("X-Request-Id") or str(uuid.uuid4())]
-                headers["X-Request-Id"] = ids[0]
+                headers["X-Request-Id"] = (headers.getlist("X-Request-Id") or [request_id])[0]
             await send(message)
 
+        REQUEST_ID.set(request_id)
         await self._app(scope, receive, send_one_id)
+
+
+class LostReplica:
+    """Answers 503 with `Retry-After`, as the API does, if Ray Serve has lost the replica with a request, or has none.
+
+    Its proxy sends nothing then, which uvicorn makes a 500, or 503 in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_started = is_lost = False
+
+        async def send_of_api(message: Message) -> None:
+            nonlocal has_started, is_lost
+            if message["type"] == "http.response.start":
+                is_lost = _is_of_proxy(message)
+            if not is_lost:
+                has_started = True
+                await send(message)
+
+        await self._app(scope, receive, send_of_api)
+        if not has_started:
+            await JSONResponse({"error": LOST_REPLICA}, 503, {"Retry-After": "2"})(scope, receive, send)
+
+
+def _is_of_proxy(start: Message) -> bool:
+    """Return whether a response is an error of Ray Serve's proxy. Those of the API are JSON."""
+    return start["status"] == 503 and Headers(scope=start).get("content-type", "").startswith("text/plain")
 
 
 def unreachable() -> tuple[type[Exception], ...]:

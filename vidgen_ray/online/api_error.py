@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as ConnectionTimeout
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
@@ -22,6 +22,8 @@ from vidgen_ray.outputs.storage import is_disk_full
 from vidgen_ray.script.lines import PATH_FIELDS
 
 INVALID = "invalid_request_error"
+_CLIENT_CLOSED_REQUEST = 499
+"""Status of a response that no client receives."""
 MAX_FIELD_ERRORS = 10
 """Wrong fields that one error describes."""
 _NAME_LENGTH = 100
@@ -87,7 +89,8 @@ def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> Api
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden")[:MAX_FIELD_ERRORS]:
         field, got, allowed = explain(detail, fields, "/openapi.json")
         errors.append(FieldError("request", None, field and field[:_NAME_LENGTH], got, allowed))
-    return invalid_fields(ScriptError(errors))
+    # A parameter that the route and its authentication read fails twice.
+    return invalid_fields(ScriptError(list(dict.fromkeys(errors))))
 
 
 def too_many_requests(message: str, code: str, seconds: float) -> ApiError:
@@ -120,7 +123,7 @@ def _code(error: FieldError) -> str:
     return "missing_required_parameter" if error.got == "nothing" else "invalid_value"
 
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")
 
 _CODES: Mapping[int, tuple[str, str]] = {
     400: (INVALID, "invalid_request"),
@@ -141,6 +144,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(ConnectionTimeout, _database_error)
     app.add_exception_handler(OSError, _storage_error)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(Exception, _internal_error)
 
 
@@ -153,6 +157,10 @@ async def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # The location starts with the kind of parameter: query, header or path.
     return await _api_error(_, validation_failed([{**detail, "loc": detail["loc"][1:]} for detail in error.errors()]))
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

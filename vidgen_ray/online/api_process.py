@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from vidgen_ray.online import HeapTrim, OneRequestId, unreachable
 from vidgen_ray.online.asgi_app import make_app
@@ -20,6 +21,7 @@ from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.system.http_limits import LimitedHttp
 
 DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
@@ -121,6 +123,19 @@ def make_api(
     return app
 
 
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    """Return the settings of the HTTP server of an API."""
+    return uvicorn.Config(
+        app,
+        http=LimitedHttp,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=_CLOSE_S,
+    )
+
+
 class HttpApi:
     """The API with an HTTP server of its own. Create it inside an event loop."""
 
@@ -128,14 +143,7 @@ class HttpApi:
         """`port`: see `listening_socket`. `parts`: arguments of `make_api`."""
         app = make_api(*parts)
         app.add_middleware(OneRequestId)
-        config = uvicorn.Config(
-            app,
-            access_log=False,
-            log_config=None,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=_CLOSE_S,
-        )
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(http_config(app))
         self._serving = asyncio.ensure_future(self._server.serve([listening_socket(port)]))
 
     async def check_health(self) -> None:

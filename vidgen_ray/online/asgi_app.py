@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import date
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Query
+from pydantic import BeforeValidator
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -239,16 +242,46 @@ async def get_webhook_secret(server: ServerDep, tenant: TenantDep) -> WebhookSec
 
 
 usage_router = APIRouter(tags=["usage"])
-Day = Annotated[date | None, Query(description="UTC day, YYYY-MM-DD.")]
+
+
+def _as_day(value: object) -> object:
+    """Refuse numbers, which pydantic takes for seconds since 1970."""
+    if isinstance(value, str) and not re.fullmatch(r"\d{4}-\d\d-\d\d", value):
+        raise ValueError("must be a day, YYYY-MM-DD")
+    return value
+
+
+Day = Annotated[date | None, BeforeValidator(_as_day), Query(description="UTC day, YYYY-MM-DD.")]
+MAX_USAGE_ROWS = 1000
+UsageAfter = Annotated[
+    str | None, Query(pattern=r"^[^/]{1,10}/[^/]{1,128}/.{1,128}$", description="`last_id` of the previous page.")
+]
 
 
 @usage_router.get("/v1/usage", response_model=UsagePage, responses=error_responses())
-async def get_usage(server: ServerDep, tenant: TenantDep, first: Day = None, last: Day = None) -> UsagePage:
+async def get_usage(
+    server: ServerDep,
+    tenant: TenantDep,
+    first: Day = None,
+    last: Day = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_USAGE_ROWS, description="Rows of a page.")] = MAX_USAGE_ROWS,
+    after: UsageAfter = None,
+) -> UsagePage:
     """Return what the jobs of the tenant have used from `first` to `last`, by default all days, and the budgets of the key."""
+    day, key_id, model = after.split("/", 2) if after else ("", "", "")
     days = str(first or date.min), str(last or date.max)
-    rows = await asyncio.to_thread(server.store.usage.rows, tenant.name, *days)
+    find_rows = partial(server.store.usage.rows, after=(day, key_id, model), limit=limit + 1)
+    rows = await asyncio.to_thread(find_rows, tenant.name, *days)
     states = await asyncio.to_thread(server.store.usage.states, tenant.key_id, tenant.limits.budgets)
-    return UsagePage(data=[UsageRow.model_validate(row) for row in rows], budgets=[budget_response(state) for state in states])
+    page = [UsageRow.model_validate(row) for row in rows[:limit]]
+    ids = [f"{row.day}/{row.key_id}/{row.model}" for row in page]
+    return UsagePage(
+        data=page,
+        budgets=[budget_response(state) for state in states],
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=len(rows) > limit,
+    )
 
 
 health = APIRouter(tags=["health"])

@@ -22,15 +22,17 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.store.jobs import Job, job_of
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")
 
 
 class Mailbox:
     """Changes that a stream has not taken yet. A slow stream gets only the latest state of each job."""
 
-    def __init__(self, *, only_end: bool = False) -> None:
-        """`only_end`: take no changes but the end or the deletion of a job."""
+    def __init__(self, *, only_end: bool = False, may_close: bool = False) -> None:
+        """`only_end`: take no changes but the end or the deletion of a job. `may_close`: see `JobFeed.close_streams`."""
         self.only_end = only_end
+        self.may_close = may_close
+        self._is_closed = False
         self._pending: dict[str, Job | DeletedJob] = {}
         self._cursor = 0
         self._filled = asyncio.Event()
@@ -42,9 +44,15 @@ class Mailbox:
         self._cursor = cursor
         self._filled.set()
 
-    async def take(self) -> Changes:
-        """Wait for changes and return them."""
+    def close(self) -> None:
+        self._is_closed = True
+        self._filled.set()
+
+    async def take(self) -> Changes | None:
+        """Wait for changes and return them. `None` if the stream is closed."""
         await self._filled.wait()
+        if self._is_closed:
+            return None
         self._filled.clear()
         pending, self._pending = self._pending.values(), {}
         jobs = [job for job in pending if isinstance(job, Job)]
@@ -65,18 +73,20 @@ class JobFeed:
         self._polling: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
 
-    async def follow(self, job: Job, *, only_end: bool = False) -> AsyncGenerator[Job | None, None]:
+    async def follow(self, job: Job, *, only_end: bool = False, may_close: bool = False) -> AsyncGenerator[Job | None, None]:
         """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream.
 
-        `only_end`: yield it now and when it has ended.
+        `only_end`: yield it now and when it has ended. `may_close`: `close_streams` ends the stream, too.
         """
-        with self._subscribed(job.id, Mailbox(only_end=only_end)) as mailbox:
+        with self._subscribed(job.id, Mailbox(only_end=only_end, may_close=may_close)) as mailbox:
             await self._start_polling()
             # The mailbox gets all later changes.
             current = job if job.version >= self._cursor else await asyncio.to_thread(self._store.get, job.id, job.tenant)
             yield current
             while current is not None and not current.state.is_final:
                 changes = await mailbox.take()
+                if changes is None:
+                    return
                 changed = None if changes.deleted else changes.jobs[0]
                 if changed is None or changed.version > current.version:
                     current = changed
@@ -97,11 +107,11 @@ class JobFeed:
                 self._polling = asyncio.create_task(self._poll())
 
     async def follow_tenant(self, tenant: str, cursor: int, idle_s: float | None = None) -> AsyncGenerator[Changes, None]:
-        """Yield the changes of a tenant's jobs after `cursor`, without end.
+        """Yield the changes of a tenant's jobs after `cursor`, until `close_streams`.
 
         Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
         """
-        with self._subscribed(tenant, Mailbox()) as mailbox:
+        with self._subscribed(tenant, Mailbox(may_close=True)) as mailbox:
             await self._start_polling()
             # Read after the subscription: later changes arrive in the mailbox.
             while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
@@ -114,10 +124,19 @@ class JobFeed:
                         changes = await mailbox.take()
                 except TimeoutError:
                     changes = Changes([], [], cursor)
+                if changes is None:
+                    return
                 # The mailbox may also hold changes that were just read from the store.
                 new = [job for job in changes.jobs if job.version > cursor]
                 cursor = max(cursor, changes.cursor)
                 yield Changes(new, changes.deleted, cursor)
+
+    def close_streams(self) -> None:
+        """End the open streams of clients that open others without losing anything."""
+        for mailboxes in self._mailboxes.values():
+            for mailbox in mailboxes:
+                if mailbox.may_close:
+                    mailbox.close()
 
     @contextmanager
     def _subscribed(self, to: str, mailbox: Mailbox) -> Iterator[Mailbox]:

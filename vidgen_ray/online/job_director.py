@@ -45,6 +45,8 @@ _THREADS = 16
 _POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier. Each claims jobs, renews the claims of running ones and stores
 their progress."""
+CHANGED_S = 1.0
+"""Seconds that a call which waits for changes takes at most. Ray Serve ends a replica after its calls."""
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
 STORAGE_CHECK_INTERVAL_S = 5.0
@@ -148,9 +150,11 @@ class JobDirector:
         self._woken.set()
 
     async def changed(self, seen: int) -> int:
-        """Wait until jobs have ended or progressed after the change `seen`. Return the number of the last such change."""
+        """Wait until jobs have ended or progressed after the change `seen`, at most `CHANGED_S`. Return the number of the last
+        such change."""
         if seen == self._changes:
-            await self._change.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._change.wait(), CHANGED_S)
         return self._changes
 
     async def wake_until_changed(self, has_cancels: bool, seen: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from vidgen_ray.online.serving_profile import ServingProfile, expected_seconds
 from vidgen_ray.online.store.budgets import BudgetExceeded
 from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.inputs import Character
-from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
+from vidgen_ray.online.store.jobs import JOB_ID, InputMissing, Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.online.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
@@ -140,6 +141,8 @@ class JobService:
             raise too_many_requests(str(error).capitalize(), "queue_full", QUEUE_FULL_RETRY_S) from None
         except LimitReached as error:
             raise too_many_requests(str(error).capitalize(), "too_many_jobs", OPEN_JOBS_RETRY_S) from None
+        except InputMissing as error:
+            raise input_missing(error) from None
         except BudgetExceeded as error:
             seconds = None if error.resets_at is None or not error.can_pass_later else error.resets_at - time.time()
             raise over_budget(str(error), seconds) from None
@@ -170,8 +173,17 @@ class JobService:
         )
 
     def files_exist(self, job: Job) -> bool:
-        """Return whether the files of a job are stored."""
-        return self._outputs.find_by_key(job.key) is not None
+        """Return whether the results of a completed job, or the inputs of another one, are stored."""
+        if job.state.is_final:
+            return self._outputs.find_by_key(job.key) is not None
+        named = (getattr(job.shot, field) for field in IMAGE_FIELDS)
+        files = [*(file for file in named if file is not None), *job.shot.face_image]
+        return all(self._input_exists(job.tenant, file) for file in files)
+
+    def _input_exists(self, tenant: str, file: str) -> bool:
+        upload_id = self.uploads.id_of(file)
+        # Else it is the last frame of another video.
+        return os.path.exists(file) if upload_id is None else self.uploads.find(tenant, upload_id) is not None
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
@@ -190,31 +202,39 @@ class JobService:
 
         Running jobs with its photos are cancelled first: then raises ApiError 409, and the call must be repeated.
         """
-        characters = [
-            each
-            for each in await asyncio.to_thread(self._store.characters.list, tenant.name)
-            if not set(each.photos).isdisjoint(character.photos)
-        ]
-        photos = sorted({photo for each in characters for photo in each.photos})
-        jobs = await asyncio.to_thread(self._store.with_files, tenant.name, [photo.removeprefix("file-") for photo in photos])
+        deleted: Sequence[str] | None = None
+        cached_steps = 0
+        # Until no request has stored another job or character with the face meanwhile.
+        while deleted is None:
+            all_characters = await asyncio.to_thread(self._store.characters.list, tenant.name)
+            characters = [each for each in all_characters if not set(each.photos).isdisjoint(character.photos)]
+            photos = sorted({photo for each in (character, *characters) for photo in each.photos})
+            files = [photo.removeprefix("file-") for photo in photos]
+            jobs = await asyncio.to_thread(self._store.with_files, tenant.name, files)
+            await self._end_all(tenant, jobs)
+            cached_steps += await asyncio.to_thread(self._drop_cached, jobs)
+            ids = [each.id for each in characters], photos, [job.id for job in jobs]
+            deleted = await in_write_thread(self._store.erase, tenant.name, *ids, self.uploads.remove)
+        if with_videos:
+            for job in jobs:
+                await self.delete(tenant, job.id)
+        return Erased([each.id for each in characters], list(deleted), [job.id for job in jobs], cached_steps)
+
+    async def _end_all(self, tenant: Tenant, jobs: Sequence[Job]) -> None:
+        """Cancel the open ones of these jobs. Raises ApiError 409 if one is in progress, which ends later."""
+        running = []
         for job in jobs:
-            if not job.state.is_final:
-                await self.cancel(tenant, job.id)
+            # `None` for one that was deleted, whose running stage goes on for a moment.
+            left = job if job.state.is_final else await self.cancel(tenant, job.id) or job
+            if left.state == JobState.IN_PROGRESS:
+                running.append(job.id)
         # A running stage would store features after they were deleted.
-        if running := [job.id for job in jobs if job.state == JobState.IN_PROGRESS]:
+        if running:
             message = (
                 f"Jobs with this face are running and were cancelled: {', '.join(running[:10])}. Repeat when they have ended."
             )
             headers = {"Retry-After": str(ERASE_RETRY_S), "retry-after-ms": str(ERASE_RETRY_S * 1000)}
             raise ApiError(409, message, code="jobs_running", headers=headers)
-        cached_steps = await asyncio.to_thread(self._drop_cached, jobs)
-        for each in characters:
-            await in_write_thread(self._store.characters.delete, each.id, tenant.name)
-        deleted = [photo for photo in photos if await in_write_thread(self.uploads.delete, tenant.name, photo)]
-        if with_videos:
-            for job in jobs:
-                await self.delete(tenant, job.id)
-        return Erased([each.id for each in characters], deleted, [job.id for job in jobs], cached_steps)
 
     def _drop_cached(self, jobs: Sequence[Job]) -> int:
         """Delete the cached results of these jobs, and return their number."""
@@ -526,6 +546,11 @@ def over_budget(message: str, reset_s: float | None) -> ApiError:
     # Clients would repeat it for hours.
     headers = {**(error.headers if reset_s is not None else {}), "x-should-retry": "false"}
     return ApiError(429, message, code="budget_exceeded", type="insufficient_quota", headers=headers)
+
+
+def input_missing(error: InputMissing) -> ApiError:
+    """Return a 400 error."""
+    return ApiError(400, str(error), code="file_not_found")
 
 
 def key_reused() -> ApiError:

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError, VidgenError, first_line
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.online.recent_warnings import RecentWarnings
 from vidgen_ray.online.server_plan import API, DIRECTOR, WORKERS, ServerPlan, parts_of
 from vidgen_ray.stages.base import Stage
 
@@ -46,8 +47,11 @@ class ServerProcess:
         """`path`: MODULE:CLASS of the part."""
         module, _, name = path.partition(":")
         self._error: Exception | None = None
+        self._warnings = RecentWarnings()
         try:
-            self._part = getattr(import_module(module), name)(*arguments)
+            part = getattr(import_module(module), name)
+            self._warnings.install()
+            self._part = part(*arguments)
         except Exception as error:
             self._error = error
 
@@ -55,6 +59,11 @@ class ServerProcess:
         if self._error is not None:
             raise self._error
         return await getattr(self._part, method)(*arguments)
+
+    async def look(self) -> list[str]:
+        """Return the warnings since the last look. Raises what `check_health` of the part does."""
+        await self.call("check_health")
+        return self._warnings.take()
 
 
 class Handle:
@@ -84,7 +93,7 @@ class Watched:
         self.handle = Handle(actor.options(**options).remote(path, self._arguments))
         self.is_up = self._is_healthy = False
         """It has been healthy before."""
-        self._check = self.handle.check_health.remote()
+        self._check = self.handle.actor.look.remote()
         self._silent = 0
 
     def look(self) -> None:
@@ -99,7 +108,8 @@ class Watched:
                 self._restart("it does not respond")
             return
         try:
-            ray.get(self._check)
+            for warning in ray.get(self._check):
+                log.warning("%s: %s", self.name, warning)
             self.is_up = self._is_healthy = True
         except ray.exceptions.RayTaskError as error:
             if not self.is_up:
@@ -110,7 +120,7 @@ class Watched:
             if self._is_healthy:
                 log.warning("%s has crashed and is started again", self.name)
             self._is_healthy = False
-        self._check, self._silent = self.handle.check_health.remote(), 0
+        self._check, self._silent = self.handle.actor.look.remote(), 0
 
     def _restart(self, reason: str) -> None:
         log.warning("%s is started again: %s", self.name, reason)

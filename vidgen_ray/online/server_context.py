@@ -18,6 +18,7 @@ from vidgen_ray.online.job_service import JobService, StorageCheck
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.store.budgets import USAGE_MODEL
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import BodyBudget, FairThread, ImageReferences
 from vidgen_ray.outputs.folder import OutputFolder
@@ -131,6 +132,11 @@ class ServerContext:
             )
             raise ApiError(404, message, code="model_not_found", param="model")
         return name, models[name]
+
+    def stored_model(self, name: str) -> dict[str, str]:
+        """Return the values to store with a job of this model: the name that was sent, and the one that usage counts."""
+        target = self.settings.models.get(name, name)
+        return {"model": name, USAGE_MODEL: target if target in self.models else next(iter(self.models))}
 
     async def faces_of(self, tenant: Tenant, photos: Sequence[str], param: str) -> list[DetectedPhoto]:
         """Return the faces of each of these uploads. Raises ApiError 400 if one is not a photo of a face."""

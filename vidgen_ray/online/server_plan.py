@@ -1,6 +1,6 @@
 """Plan of a server on a cluster, and what its processes are made of: the API, the director, and the owner of the workers."""
 
-# Not `from __future__ import annotations`: Serve reads the annotation of `application.build`, which is this module's settings.
+from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping

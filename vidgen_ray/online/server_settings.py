@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from vidgen_ray.errors import SetupError, StrictModel, UsageError
 from vidgen_ray.licences import Requirement
@@ -29,7 +30,20 @@ def read_settings_file(file: Path, name: str) -> Any:
         raise UsageError(f"{name}: not YAML: {error}") from None
 
 
-class Budget(StrictModel):
+class Numbers(StrictModel):
+    """Settings in which a text or true is not a number."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_other_types(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        types = set(get_args(annotation)) or {annotation}
+        if isinstance(value, bool | str) and types <= {int, float, NoneType}:
+            raise ValueError("must be a number, without quotes")
+        return value
+
+
+class Budget(Numbers):
     """What the jobs of a key may spend in a window: GPU-seconds or money."""
 
     window: Literal["day", "month", "total"] = Field(description="UTC day, UTC month, or the whole time.")
@@ -51,7 +65,7 @@ class Budget(StrictModel):
         return "cost" if self.gpu_seconds is None else "gpu_seconds"
 
 
-class Limits(StrictModel):
+class Limits(Numbers):
     """Limits of one API key. The keys file may override them for a key."""
 
     open_jobs: int = Field(32, ge=1, description="Most jobs that may be queued or in progress at once.")
@@ -63,8 +77,9 @@ class Limits(StrictModel):
     stored_bytes: int = Field(
         10_000 * MB,
         ge=0,
-        description="Most bytes of uploads that a tenant may store. Each upload counts as at least 4096 bytes.",
+        description="Most bytes of uploads and files of batches that a tenant may store. Each counts as at least 4096 bytes.",
     )
+    open_batches: int = Field(32, ge=1, description="Most batches of a tenant that may run at once.")
     requests_per_minute: int = Field(600, ge=1, description="Requests per minute, counted by each replica of the API.")
     max_priority: Priority = Field(
         "high", description="Highest priority that requests may have. Those without one get at most this."
@@ -82,7 +97,7 @@ LARGE_IMAGES = 4
 """Images of the largest size in one request. Ray Serve holds its body in memory."""
 
 
-class UploadCaps(StrictModel):
+class UploadCaps(Numbers):
     """Size limits of requests, enforced while the body arrives."""
 
     image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
@@ -118,6 +133,24 @@ class UrlInputs(StrictModel):
     )
 
 
+WebhookEvent = Literal[
+    "video.completed",
+    "video.failed",
+    "video.cancelled",
+    "image.completed",
+    "image.failed",
+    "image.cancelled",
+    "shot.completed",
+    "shot.failed",
+    "shot.cancelled",
+    "batch.completed",
+    "batch.failed",
+    "batch.expired",
+    "batch.cancelled",
+]
+"""Events of webhooks."""
+
+
 class Webhook(StrictModel):
     """Receiver of a message when a job has ended."""
 
@@ -125,6 +158,8 @@ class Webhook(StrictModel):
     url: str = Field(description="http or https URL that messages are posted to.")
     secret: SecretStr = Field(description="Secret that signs the messages, `whsec_` and base64, as in Standard Webhooks.")
     tenant: str | None = Field(None, description="Tenant whose jobs are reported. Default: all tenants.")
+    events: tuple[WebhookEvent, ...] | None = Field(None, min_length=1, description="Events that are sent. Default: all.")
+    batch_lines: bool = Field(False, description="Also send the events of jobs that are lines of batches.")
 
     @field_validator("secret")
     @classmethod
@@ -142,23 +177,32 @@ class Webhooks(StrictModel):
     """Webhooks and how their messages are delivered."""
 
     targets: tuple[Webhook, ...] = Field((), description="Receivers. Default: none.")
-    allow_private: bool = Field(False, description="Allow receivers on this machine and in private networks.")
+    allow_private: bool = Field(
+        False,
+        description="Allow receivers on this machine and in private networks, and other ports: those of `targets`, and hosts "
+        "that `allow_hosts` names without a wildcard.",
+    )
     allow_hosts: tuple[str, ...] = Field(
         (),
         description="Host names of the receivers that requests may name as `webhook`. `*.example.com` allows all its "
         "subdomains. An empty list allows none.",
     )
 
-    def names_for(self, tenant: str) -> list[str]:
-        """Return the names of the webhooks that receive messages about a tenant's jobs."""
-        return [target.name for target in self.targets if target.tenant in (None, tenant)]
+    def names_for(self, tenant: str, event: str, is_line: bool) -> list[str]:
+        """Return the names of the webhooks that receive an event of a tenant. `is_line`: about a line of a batch."""
+        names = []
+        for target in self.targets:
+            is_chosen = target.events is None or event in target.events
+            if target.tenant in (None, tenant) and is_chosen and (target.batch_lines or not is_line):
+                names.append(target.name)
+        return names
 
     def target(self, name: str) -> Webhook | None:
         """Return the webhook of this name."""
         return next((target for target in self.targets if target.name == name), None)
 
 
-class OnlineSettings(StrictModel):
+class OnlineSettings(Numbers):
     """Settings of a server. Times are in seconds."""
 
     profile: str = Field(AUTO, description="Name or file of the profile: models, devices and defaults. `auto`: by the GPUs.")
@@ -211,7 +255,7 @@ class OnlineSettings(StrictModel):
         "condition (`unconditional`). Default: no requirement.",
     )
     retention_s: float | None = Field(
-        None, gt=0, description="Seconds after which a finished job and its files are deleted. Default: never."
+        None, gt=0, description="Seconds after which a finished job, with its files, or batch is deleted. Default: never."
     )
     wait_s: float = Field(
         540,

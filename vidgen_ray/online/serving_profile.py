@@ -143,7 +143,7 @@ def serving_profile(profile: Profile, required_licence: Requirement | None = Non
     unavailable: dict[str, str] = {}
     refused = stages_breaking(required_licence, profile)
     for stage in STAGES:
-        if stage.actor not in profile.actors:
+        if stage.actor not in profile.actors and stage.has_weights:
             unavailable[stage.name] = f"profile {profile.name} has no entry actors.{stage.actor}"
             continue
         if stage.name in refused:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any, BinaryIO, TypeVar, TypeVarTuple
+from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, TypeVarTuple
 from urllib.parse import parse_qsl
 from weakref import WeakValueDictionary
 
@@ -40,11 +40,11 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.server_settings import UploadCaps
 from vidgen_ray.online.store.database import in_write_thread
-from vidgen_ray.online.store.inputs import PREFIXES, Purpose, StorageFull, Upload, UploadRecords
+from vidgen_ray.online.store.inputs import NO_DETAILS, PREFIXES, Purpose, StorageFull, Upload, UploadDetails, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
-from vidgen_ray.system.files import flush_to_disk, private_folder, temporary_file
+from vidgen_ray.system.files import abandoned, flush_to_disk, private_folder, temporary_file
 
 _BLOCK_BYTES = 1 << 20
 SMALL_JSON_BYTES = 1 << 20
@@ -95,37 +95,41 @@ class UploadFolder:
         # One image at a time: a large one needs up to 960 MB.
         self.decoding = FairThread("decode")
 
-    async def store(self, tenant: Tenant, source: BinaryIO, param: str) -> Upload:
+    async def store(self, tenant: Tenant, source: BinaryIO, param: str, details: UploadDetails = NO_DETAILS) -> Upload:
         """Store an image unchanged.
 
         `param` is the request field named in errors. Raises ApiError 413 if the image is too large or the tenant has no space
         left, 400 if it cannot be decoded.
         """
         # Created here, so that it is deleted even if the client goes away while a thread writes to it.
-        tmp = temporary_file(private_folder(self._folder), 0o600)
+        tmp = self.temporary_file()
         try:
             with tmp.open("wb") as target:
-                name, size = await asyncio.to_thread(copy_capped, source, target, self.caps.image_bytes, param)
+                name, size, _ = await asyncio.to_thread(copy_capped, source, target, self.caps.image_bytes, param)
             # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
             await self._check_image(tenant, tmp, param)
-            return await in_write_thread(self._commit, tenant.name, tmp, name, size, "vision", tenant.limits.stored_bytes)
+            stored_bytes = tenant.limits.stored_bytes
+            return await in_write_thread(self.commit, tenant.name, tmp, name, size, "vision", stored_bytes, details)
         finally:
             tmp.unlink(missing_ok=True)
 
-    def add(self, tenant: str, source: IO[bytes], purpose: Purpose, max_stored_bytes: int | None = None) -> Upload:
-        """Store a file of a batch. Blocks.
+    def add_batch(self, tenant: Tenant, source: IO[bytes], details: UploadDetails) -> Upload:
+        """Store the input file of a batch. Blocks.
 
-        Raises ApiError 413, if `max_stored_bytes` is given: for a file of more than `batch_bytes`, or if the tenant would store
-        more than that.
+        Raises ApiError 413 for a file of more than `batch_bytes`, or if the tenant has no space left.
         """
-        tmp = temporary_file(private_folder(self._folder), 0o600)
+        tmp = self.temporary_file()
         try:
             with tmp.open("wb") as target:
-                cap_bytes = math.inf if max_stored_bytes is None else self.caps.batch_bytes
-                name, size = copy_capped(source, target, cap_bytes, "file")
-            return self._commit(tenant, tmp, name, size, purpose, max_stored_bytes)
+                name, size, lines = copy_capped(source, target, self.caps.batch_bytes, "file")
+            details = details._replace(lines=lines)
+            return self.commit(tenant.name, tmp, name, size, "batch", tenant.limits.stored_bytes, details)
         finally:
             tmp.unlink(missing_ok=True)
+
+    def temporary_file(self) -> Path:
+        """Create a file to `commit`."""
+        return temporary_file(private_folder(self._folder), 0o600)
 
     async def _check_image(self, tenant: Tenant, path: Path, param: str) -> None:
         try:
@@ -138,17 +142,38 @@ class UploadFolder:
         """Return the pixels of an upload, (H, W, 3)."""
         return await self.decoding.run(tenant.name, read_image, path)
 
-    def _commit(self, tenant: str, tmp: Path, name: str, size: int, purpose: Purpose, max_stored_bytes: int | None) -> Upload:
-        try:
-            upload = self._records.add(tenant, f"{PREFIXES[purpose]}{name}", name, size, max_stored_bytes)
-        except StorageFull as error:
-            how = "GET /v1/files lists them, DELETE /v1/files/{id} deletes one."
-            raise ApiError(413, f"{error}. {how}", code="storage_full") from None
-        # The record protects the file. Before it was added, deleting the only other upload may have removed the file.
-        if not (self._folder / name).exists():
+    def commit(
+        self,
+        tenant: str,
+        tmp: Path,
+        name: str,
+        size: int,
+        purpose: Purpose,
+        max_stored_bytes: int | None = None,
+        details: UploadDetails = NO_DETAILS,
+    ) -> Upload:
+        """Store a temporary file with this sha256. Blocks. Raises ApiError 413 if the tenant would store more than that."""
+        target = self._folder / name
+        if not target.exists():
+            # Not in the transaction, which others wait for.
             flush_to_disk(tmp)
-            tmp.rename(self._folder / name)
-        return upload
+
+        def place() -> None:
+            # Before there was a record to protect it, deleting the only other upload may have removed the file.
+            if not target.exists():
+                tmp.rename(target)
+
+        try:
+            return self._records.add(
+                tenant, f"{PREFIXES[purpose]}{name}", name, size, max_stored_bytes, details=details, place=place
+            )
+        except StorageFull as error:
+            raise storage_full(error) from None
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is there. It is not if its disk is not mounted."""
+        return self._folder.is_dir()
 
     def find(self, tenant: str, upload_id: str) -> Path | None:
         """Return the path of a tenant's upload, or `None`."""
@@ -163,25 +188,34 @@ class UploadFolder:
         return path if path is not None and path.is_file() else None
 
     def delete(self, tenant: str, upload_id: str) -> bool:
-        """Delete a tenant's upload, and its file if nothing else needs it. Return False if the tenant has no such upload."""
-        return self._records.delete(upload_id, tenant, self._remove)
+        """Delete a tenant's upload, and its file if nothing else needs it. Return False if the tenant has no such upload.
+
+        Raises UploadInUse.
+        """
+        return self._records.delete(upload_id, tenant, self.remove)
 
     def expire(self, retention_s: float | None = None) -> None:
-        """Delete the uploads not used for `unused_s` seconds (see `UploadCaps`), or for `retention_s` if that is less.
+        """Delete uploads that have expired, or were not used for `unused_s` seconds (see `UploadCaps`) or `retention_s`.
 
         Uploads stay for a day at least: a request may still need them.
         """
-        if limits_s := [seconds for seconds in (self.caps.unused_s, retention_s) if seconds is not None]:
-            self._records.expire(max(MIN_EXPIRY_S, min(limits_s)), self._remove)
+        limits_s = [seconds for seconds in (self.caps.unused_s, retention_s) if seconds is not None]
+        self._records.expire(max(MIN_EXPIRY_S, min(limits_s)) if limits_s else None, self.remove)
 
     def remove_unreferenced(self, older_than_s: float) -> None:
-        """Remove files older than `older_than_s` seconds that belong to no upload and to no job in progress or queued."""
+        """Remove files older than `older_than_s` seconds that belong to no upload and to no job in progress or queued.
+
+        Also the temporary files of processes that have ended.
+        """
         modified_before = time.time() - older_than_s
         with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
             files = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.stat().st_mtime < modified_before]
-            self._records.remove_unreferenced(files, self._remove)
+            self._records.remove_unreferenced(files, self.remove)
+        for temporary in abandoned(self._folder):
+            temporary.unlink(missing_ok=True)
 
-    def _remove(self, file: str) -> None:
+    def remove(self, file: str) -> None:
+        """Remove a file. Call it only inside the transaction that finds that nothing needs it."""
         (self._folder / file).unlink(missing_ok=True)
 
     def id_of(self, path: str) -> str | None:
@@ -201,16 +235,32 @@ def too_large_error(param: str | None, cap_bytes: float) -> ApiError:
     return ApiError(413, f"{subject} larger than {cap_bytes} bytes. Send less at once.", code="too_large", param=param)
 
 
-def copy_capped(source: IO[bytes], target: BinaryIO, cap_bytes: float, param: str) -> tuple[str, int]:
-    """Copy a file. Return its sha256 and size in bytes. Raises ApiError 413 for more than `cap_bytes`."""
-    digest, size = hashlib.sha256(), 0
+def storage_full(error: StorageFull) -> ApiError:
+    """Return a 413 error."""
+    how = "GET /v1/files lists them, DELETE /v1/files/{id} deletes one."
+    return ApiError(413, f"{error}. {how}", code="storage_full")
+
+
+class Copied(NamedTuple):
+    """File that was copied."""
+
+    sha256: str
+    bytes: int
+    lines: int
+    """Line ends, and one for a last line without."""
+
+
+def copy_capped(source: IO[bytes], target: BinaryIO, cap_bytes: float, param: str) -> Copied:
+    """Copy a file. Raises ApiError 413 for more than `cap_bytes`."""
+    digest, size, lines = hashlib.sha256(), 0, 1
     while block := source.read(_BLOCK_BYTES):
         size += len(block)
         if size > cap_bytes:
             raise too_large_error(param, cap_bytes)
         digest.update(block)
         target.write(block)
-    return digest.hexdigest(), size
+        lines += block.count(b"\n")
+    return Copied(digest.hexdigest(), size, lines)
 
 
 def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:

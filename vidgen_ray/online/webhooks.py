@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
@@ -44,7 +45,9 @@ class WebhookSender:
         self._webhooks = webhooks
         self._outbox = store.outbox
         self._engine = store.engine
-        self._client = PublicHttpClient(DELIVERY_TIMEOUT_S, allow_private=webhooks.allow_private)
+        self._client = PublicHttpClient(DELIVERY_TIMEOUT_S)
+        self._private_client = PublicHttpClient(DELIVERY_TIMEOUT_S, allow_private=webhooks.allow_private)
+        """For the receivers that the settings name."""
         self._lock = threading.Lock()
         self._busy: set[str] = set()
         """Tenants of the messages that are being sent to receivers of requests."""
@@ -107,10 +110,11 @@ class WebhookSender:
             "webhook-timestamp": str(int(now.timestamp())),
             "webhook-signature": Signer(target.secret.get_secret_value()).sign(message.id, now, body),
         }
+        # A wildcard in `allow_hosts` must not lead to private addresses.
+        is_named = not message.is_of_request or urlsplit(target.url).hostname in self._webhooks.allow_hosts
+        client = self._private_client if is_named else self._client
         try:
-            response = self._client.request(
-                "POST", target.url, headers=headers, body=body.encode(), max_bytes=MAX_RESPONSE_BYTES
-            )
+            response = client.request("POST", target.url, headers=headers, body=body.encode(), max_bytes=MAX_RESPONSE_BYTES)
         except (BlockedUrl, UnreachableUrl):
             return 0
         return response.status
@@ -149,7 +153,7 @@ UPLOAD_CLEANUP_INTERVAL_S = 3600.0
 PURGE_BATCH = 8
 """Jobs purged in one transaction. It blocks all other writes while files are deleted, about a second on an object store."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ray.serve")
 
 
 async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:

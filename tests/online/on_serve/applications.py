@@ -119,9 +119,9 @@ def run(name, profile, cluster, out, stages, database=None) -> Running:
     return Running(name, served, outputs, open_store(settings), director.handle, workers.handle, (director, workers))
 
 
-def scripted_profile(tiny):
+def scripted_profile(tiny, actors_gb=ACTORS_GB):
     on_gpu = {"device": "cuda", "cpus": 0.1}
-    actors = {name: tiny.actors[name].model_copy(update={**on_gpu, "memory_gb": gb}) for name, gb in ACTORS_GB.items()}
+    actors = {name: tiny.actors[name].model_copy(update={**on_gpu, "memory_gb": gb}) for name, gb in actors_gb.items()}
     return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "fused"})
 
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from tests.conftest import LocalRay
-from tests.online.on_serve.applications import Running
+from tests.online.on_serve.applications import ACTORS_GB, Running, scripted_profile
+from tests.online.on_serve.serve_cluster import ServeCluster
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.server import Server, serving
 from vidgen_ray.online.server_plan import APP, server_plan
@@ -19,6 +20,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.cluster import this_machine
 
 KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy")}
+POOR_KEY, POOR_GPU_SECONDS = "vg-poor-key", 0.5
+"""Key of the server on Ray Serve, and its budget: enough for a few small images."""
 ACTORS = ("instantid", "flux", "hunyuan", "svd", "realesrgan")
 """Actors of the server. Each loads models for seconds."""
 
@@ -58,6 +61,28 @@ def real(server) -> Running:
 
 
 @pytest.fixture(scope="package")
-def address(server) -> str:
-    """URL of the server."""
-    return server[0].url
+def cluster(tiny, tmp_path_factory) -> Iterator[ServeCluster]:
+    """Deploy a server of scripted stages on Ray Serve, with two replicas of its API."""
+    LocalRay.start()
+    folder = tmp_path_factory.mktemp("cluster")
+    keys = [{"tenant": name, "sha256": hash_key(key)} for name, key in KEYS.items()]
+    limits = {"open_jobs": 200, "budgets": [{"window": "total", "gpu_seconds": POOR_GPU_SECONDS}]}
+    keys.append({"tenant": "poor", "sha256": hash_key(POOR_KEY), "limits": limits})
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    profile = scripted_profile(tiny, {**ACTORS_GB, "hunyuan": 3})
+    (folder / "p.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
+    files = {"profile": str(folder / "p.yaml"), "data": str(folder / "out"), "keys_file": str(folder / "keys.yaml")}
+    cluster = ServeCluster({**files, "gpus": "2x80GB"})
+    try:
+        cluster.deploy()
+        cluster.wait_until_running()
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="package", params=["server", pytest.param("cluster", marks=pytest.mark.slow)])
+def address(request) -> str:
+    """URL of the server, also of the one on Ray Serve."""
+    found = request.getfixturevalue(request.param)
+    return found.url if request.param == "cluster" else found[0].url

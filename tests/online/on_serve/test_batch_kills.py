@@ -53,7 +53,7 @@ def test_lines_are_rendered_once_with_the_bytes_of_a_run_while_processes_are_kil
         client = openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{bound.getsockname()[1]}/v1", max_retries=8)
         file = client.files.create(file=("lines.jsonl", "\n".join(lines).encode()), purpose="batch")
         batch = client.batches.create(input_file_id=file.id, endpoint="/v1/shots", completion_window="24h")
-        while batch.status in ("validating", "in_progress"):
+        while batch.status in ("validating", "in_progress", "finalizing"):
             done = batch.request_counts.completed
             if len(kills) < n_kills and done >= (len(kills) + 0.5) * n_lines / n_kills:
                 kills.append(PROCESSES[len(kills) % len(PROCESSES)])

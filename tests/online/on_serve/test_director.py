@@ -77,7 +77,9 @@ class TestScriptedStages:
         assert (at.state, at.stage, at.steps) == (JobState.IN_PROGRESS, "flux", 9)
         assert 25 <= at.progress <= 34
         scripted.cancel(job_id)
-        assert scripted.wait_for_end(job_id).state == JobState.CANCELLED
+        cancelled = scripted.wait_for_end(job_id)
+        assert cancelled.state == JobState.CANCELLED
+        assert cancelled.gpu_seconds > 0
         # The thread is still in step 4. Release it now.
         with pipes_open(pipe):
             jobs = [scripted.accept(prompt=f"next {n}", **IMAGE_ONLY) for n in range(4)]
@@ -159,6 +161,7 @@ class TestScriptedStages:
         spend(scripted, LARGE_BUDGET_S)
         ended = scripted.wait_for_end(running)
         assert (ended.state, ended.error.code) == (JobState.FAILED, "budget_exceeded")
+        assert ended.gpu_seconds > 0
         # The thread is still in step 4. Release it now.
         with pipes_open(pipe):
             new = scripted.wait_for_end(scripted.accept(prompt="new", **fields))

@@ -1,6 +1,7 @@
-"""Processes of a server: those that crash or hang start again, and waiting requests get their results. Also on Ray Serve."""
+"""Processes of a server: those that crash or hang start again, and waiting requests get their results."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,16 +16,16 @@ import psutil
 import pytest
 import ray
 import yaml
-from ray import serve
 
 from tests.online.on_serve.applications import POLL_S, scripted_profile
 from tests.online.scripted_stages import SCRIPTED, pipes_open, steps_run
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online import REQUEST_ID
 from vidgen_ray.online import server as server_module
-from vidgen_ray.online.application import application
 from vidgen_ray.online.auth import LOCAL_TENANT
+from vidgen_ray.online.recent_warnings import MAX_KEPT
 from vidgen_ray.online.server import Watched, serving
-from vidgen_ray.online.server_plan import parts_of, server_plan
+from vidgen_ray.online.server_plan import server_plan
 from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
@@ -103,10 +104,19 @@ def test_waiting_requests_survive_crashes_and_new_ones_wait_for_the_api(plan, li
     store.close()
 
 
-def test_process_that_hangs_or_is_unhealthy_is_started_again(local_ray, monkeypatch):
-    monkeypatch.setattr(server_module, "MAX_SILENT_CHECKS", 2)
+def test_process_that_hangs_or_is_unhealthy_is_started_again_and_its_warnings_are_logged(local_ray, monkeypatch):
+    logged = []
+    monkeypatch.setattr(server_module.log, "warning", lambda text, *args: logged.append(text % args))
     process = Watched("Part", f"{__name__}:Part")
     try:
+        pid_when_up(process)
+        process.handle.warn.remote(["trouble", *map(str, range(30)), "trouble"])
+        while len(logged) < MAX_KEPT + 1:
+            pid_when_up(process)
+            process.look()
+        assert logged[0] == "Part: trouble (2 times, request r-1)"
+        assert logged[-1] == f"Part: {30 - MAX_KEPT + 1} more warnings"
+        monkeypatch.setattr(server_module, "MAX_SILENT_CHECKS", 2)
         for harm in ("hang", "break_down"):
             before = pid_when_up(process)
             getattr(process.handle, harm).remote()
@@ -138,6 +148,11 @@ class Part:
     async def hang(self):
         time.sleep(10_000)
 
+    async def warn(self, texts):
+        REQUEST_ID.set("r-1")
+        for text in texts:
+            logging.getLogger("ray.serve").warning("%s", text)
+
     async def break_down(self):
         self._is_broken = True
 
@@ -151,15 +166,3 @@ def test_part_that_cannot_be_made_ends_the_start(plan, listening):
     no_file = pytest.raises(SetupError, match=r"^loras\.ink: no such file")
     with serving(replace(plan, settings=gone), listening, SCRIPTED) as server, no_file:
         server.wait_until_accepting(Event())
-
-
-@pytest.mark.slow
-def test_same_application_on_ray_serve(plan, listening, pipe):
-    port = listening.getsockname()[1]
-    listening.close()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
-        serve.run(application(parts_of(plan, SCRIPTED)), name="vidgen", route_prefix="/")
-        assert image(port, "a cat") == 200
-    finally:
-        serve.shutdown()

@@ -75,8 +75,9 @@ def test_states_are_accessible(site, open_page):
     page.get_by_role("searchbox").fill("nothing like it")
     expect(page.get_by_text("No clip has all of these words.")).to_be_visible()
     assert problems(page) == []
-    page.goto(f"{site.url}/api-docs")
-    assert problems(page) == []
+    for path in ("/api-docs", "/usage"):
+        page.goto(site.url + path)
+        assert problems(page) == []
     open_page.messages[:] = [text for text in open_page.messages if "400" not in text]
 
 
@@ -103,9 +104,16 @@ def test_generate_button_running_clip_and_errors_are_visible_without_scrolling(s
     for size in (PHONE, LAPTOP, DESKTOP):
         page.set_viewport_size(size)
         page.reload()
+        expect(page.locator("#queue-counts")).to_have_text("1 running")
+        expect(page.locator("#queue-counts")).to_be_in_viewport(ratio=1)
+        if size == PHONE:  # the form comes first: the queue is one line until it is opened
+            expect(card).to_be_hidden()
+            page.locator("#queue-fold > summary").click()
         expect(card.locator(".preview img")).to_be_visible()
         for part in (".preview img", "progress", ".status"):
             expect(card.locator(part)).to_be_in_viewport(ratio=1)
+        if size == PHONE:
+            page.locator("#queue-fold > summary").click()
         expect(page.get_by_role("button", name="Generate")).to_be_in_viewport(ratio=1)
         expect(page.get_by_label("Prompt", exact=True)).to_be_in_viewport(ratio=1)
     page.set_viewport_size(PHONE)

@@ -328,8 +328,8 @@ def test_clip_is_created_by_keyboard(site, open_page):
             page.keyboard.press("ArrowRight")
         page.keyboard.press("Tab")
     assert focus_order == [
-        "Skip to the gallery", "vidgen", "API", "prompt", "generate_video", "mode", "Settings", "image", "photo", "lora",
-        "style_prompt", "size", "num_frames", "fps", "seed", "lock-seed", "Advanced: upscaling, steps, guidance", "n",
+        "Skip to the gallery", "vidgen", "Usage", "API", "prompt", "generate_video", "mode", "Settings", "image", "photo",
+        "lora", "style_prompt", "size", "num_frames", "fps", "seed", "lock-seed", "Advanced: upscaling, steps, guidance", "n",
     ]  # fmt: skip
     page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.press("Control+Enter")

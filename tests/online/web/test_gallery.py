@@ -1,5 +1,6 @@
 """The gallery in Chromium: search, favourites, selection, download, deletion, full view, comparison."""
 
+import time
 import zipfile
 
 import httpx
@@ -37,7 +38,7 @@ def test_gallery_and_search_have_pages_without_a_reload(site, open_page):
     expect(page.locator(TITLES)).to_have_text(["a Blue boat"])
 
 
-def test_clips_are_favourites_downloaded_as_one_file_and_deleted_after_a_confirmation(site, open_page):
+def test_clips_are_favourites_downloaded_as_one_file_and_deleted_with_undo(site, open_page):
     jobs = [site.add(prompt) for prompt in ("one", "two", "three", "four")]
     site.add("failed", JobState.FAILED)
     page = open_page(site.url)
@@ -66,19 +67,32 @@ def test_clips_are_favourites_downloaded_as_one_file_and_deleted_after_a_confirm
     expect(page.locator(TITLES)).to_have_count(5)
     for prompt in ("one", "three", "failed"):
         page.get_by_role("checkbox", name=f"Select {prompt}").check()
-    confirm = page.get_by_role("button", name="Yes, delete the selected clips")
-    expect(confirm).to_be_hidden()
-    page.locator("#selection summary").click()
-    confirm.click()
+    page.clock.install()
+    page.clock.pause_at(time.time() + 60)  # the pause for undo does not end by itself
+    page.get_by_role("button", name="Delete the selected clips").click()
     expect(page.locator(TITLES)).to_have_text(["four", "two"])
-    expect(page.locator("#announcements")).to_have_text("3 clips deleted")
+    expect(page.locator("#toast-text")).to_have_text("Deleted: 3 clips")
     expect(selection).to_be_hidden()
-    card = open_menu(page, "four")
-    assert not card.get_by_role("button", name="Yes, delete four").is_visible()
-    card.locator("summary", has_text="Delete").click()
-    card.get_by_role("button", name="Yes, delete four").click()
-    expect(page.locator("h3:focus")).to_have_text("two")  # not at the top of the page
-    assert [job.shot.prompt for job in site.jobs()] == ["two"]
+    undo = page.get_by_role("button", name="Undo")
+    expect(undo).to_be_focused()
+    assert len(site.jobs()) == 5, "nothing is deleted while it can be undone"
+    undo.click()
+    expect(page.locator(TITLES)).to_have_text(["failed", "four", "three", "two", "one"])
+    expect(page.locator("h3:focus")).to_have_text("failed")
+    open_menu(page, "failed").get_by_role("button", name="Delete failed").click()
+    assert httpx.delete(f"{site.url}/v1/videos/{site.jobs()[0].id}").status_code == 200  # in another window
+    expect(page.locator("#toast")).to_be_hidden()
+    site.add("failed", JobState.FAILED)
+    page.reload()
+    open_menu(page, "four").get_by_role("button", name="Delete four").click()
+    open_menu(page, "two").get_by_role("button", name="Delete two").click()  # the one before is deleted at once
+    expect(page.locator("#toast-text")).to_have_text("Deleted: two")
+    while len(site.jobs()) != 4:
+        page.wait_for_timeout(20)
+    page.goto("about:blank")  # leaves no time for undo
+    while len(site.jobs()) != 3:
+        page.wait_for_timeout(20)
+    assert [job.shot.prompt for job in site.jobs()] == ["failed", "three", "one"]
 
 
 def test_clips_play_under_the_pointer_and_in_the_full_view_with_the_keyboard(site, open_page):

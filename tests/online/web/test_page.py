@@ -117,7 +117,7 @@ def test_page_reconnects_after_a_server_restart(site, open_page):
     expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
     site.stop()
     expect(page.locator("#connection")).to_have_text(re.compile("cannot be reached"))
-    page.get_by_role("button", name="Generate").click()
+    generate(page, "while it is away")
     expect(page.get_by_role("alert")).to_have_text(re.compile("cannot be reached. It may have received"))
     site.director.paused.clear()
     site.wait_for_jobs(1)
@@ -168,8 +168,7 @@ def test_sign_in_with_a_key(site_with_keys, open_page):
     assert httpx.get(f"{site_with_keys.url}/v1/videos/{clip.id}", headers=wrong_key, **by_cookie).status_code == 401
     assert httpx.get(f"{site_with_keys.url}/clips/download?id={other.id}", **by_cookie).status_code == 404
     assert other.id not in httpx.get(f"{site_with_keys.url}/clips?favourites&id={other.id}", **by_cookie).text
-    open_menu(page, "signed in").locator("summary", has_text="Delete").click()
-    page.get_by_role("button", name="Yes, delete signed in").click()
+    open_menu(page, "signed in").get_by_role("button", name="Delete signed in").click()
     expect(cards(page, "clips").locator("h3")).to_have_text(["of ann"])
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_label("API key")).to_be_visible()

@@ -13,15 +13,17 @@ from vidgen_ray.online.api.openapi import JSON, ServerDep, TenantDep, error_resp
 from vidgen_ray.online.api.requests import CreateBatch
 from vidgen_ray.online.api.responses import BatchPage, BatchResponse, batch_response
 from vidgen_ray.online.api.video_routes import After, IdempotencyKey, Limit
-from vidgen_ray.online.api_error import found, invalid
+from vidgen_ray.online.api_error import found, invalid, too_many_requests
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.job_service import key_reused
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.store.batches import Batch, OtherBatch
+from vidgen_ray.online.store.batches import Batch, OtherBatch, TooManyBatches
 from vidgen_ray.online.store.database import in_write_thread
-from vidgen_ray.online.store.inputs import PREFIXES
+from vidgen_ray.online.store.inputs import PREFIXES, StorageFull, UploadMissing
 from vidgen_ray.online.store.jobs import new_id
-from vidgen_ray.online.uploads import receive_json
+from vidgen_ray.online.uploads import receive_json, storage_full
+
+OPEN_BATCHES_RETRY_S = 60
 
 router = APIRouter(tags=["batches"])
 
@@ -38,11 +40,6 @@ async def create_batch(
     """Create a batch from a file of requests. Its lines become jobs of low priority, a few at a time."""
     received = await receive_json(request, server.settings.uploads)
     body = CreateBatch.parse(received.fields)
-    file = body.input_file_id
-    is_batch = file.startswith(PREFIXES["batch"]) and "\0" not in file
-    if not is_batch or await in_write_thread(server.job_service.uploads.use, tenant.name, file) is None:
-        message = "must be the id of a file that you have uploaded with the purpose batch"
-        raise invalid("input_file_id", message, "file_not_found")
     digest = hashlib.sha256(f"{tenant.name}\n{idempotency_key}".encode()).hexdigest()[:32]
     now = time.time()
     batch = Batch(
@@ -50,16 +47,27 @@ async def create_batch(
         tenant=tenant.name,
         key_id=tenant.key_id,
         endpoint=body.endpoint,
-        input_file_id=file,
+        input_file_id=body.input_file_id,
         completion_window=body.completion_window,
         metadata=body.metadata,
         created_at=now,
         expires_at=now + body.window_s,
+        output_expires_s=body.output_expires_after and body.output_expires_after.seconds,
     )
     try:
-        stored = await in_write_thread(server.store.batches.create, batch)
+        if not batch.input_file_id.startswith(PREFIXES["batch"]) or "\0" in batch.input_file_id:
+            raise UploadMissing(batch.input_file_id)
+        limits = tenant.limits
+        stored = await in_write_thread(server.store.batches.create, batch, limits.open_batches, limits.stored_bytes)
+    except UploadMissing:
+        message = "must be the id of a file that you have uploaded with the purpose batch"
+        raise invalid("input_file_id", message, "file_not_found") from None
     except OtherBatch:
         raise key_reused() from None
+    except TooManyBatches as error:
+        raise too_many_requests(str(error), "too_many_batches", OPEN_BATCHES_RETRY_S) from None
+    except StorageFull as error:
+        raise storage_full(error) from None
     return await _response(server, stored)
 
 

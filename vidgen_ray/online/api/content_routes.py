@@ -19,8 +19,6 @@ from vidgen_ray.online.api.openapi import ServerDep, TenantDep, bearer, error_re
 from vidgen_ray.online.api.requests import CreateVideo
 from vidgen_ray.online.api.responses import outputs_of
 from vidgen_ray.online.api.video_routes import (
-    CLIENT_CLOSED_REQUEST,
-    ClientDisconnected,
     IdempotencyKey,
     completed_while_connected,
     created_videos,
@@ -301,10 +299,7 @@ async def create_video_sync(
     """
     with server.event_streams.waiting(tenant):
         jobs = await created_videos(request, server, tenant, idempotency_key, is_awaited=True)
-        try:
-            (done,) = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
-        except ClientDisconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        (done,) = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
     response = await content_response(server, done, "video", request)
     response.headers["X-Request-Id"] = done.id
     response.headers["X-Model"] = str(done.request.get("model"))

@@ -34,9 +34,7 @@ from vidgen_ray.online.api.responses import (
     size_text,
 )
 from vidgen_ray.online.api.video_routes import (
-    CLIENT_CLOSED_REQUEST,
     After,
-    ClientDisconnected,
     IdempotencyKey,
     Limit,
     OrderQuery,
@@ -132,7 +130,8 @@ async def image_fields(server: ServerContext, tenant: Tenant, request: CreateIma
     fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base}), **request.size_fields()}
     fields |= await face_fields(server, tenant, request)
     user = request.safety_identifier or request.user
-    return fields, {"model": model, "user": user, "deadline_s": request.deadline_s, **webhook_of(server, request.webhook)}
+    names, webhook = server.stored_model(model), webhook_of(server, request.webhook)
+    return fields, {**names, "user": user, "deadline_s": request.deadline_s, **webhook}
 
 
 def _edit_fields(request: EditImages, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,10 +178,7 @@ async def _respond(
         )
         if options.stream:
             return server.event_streams.respond(tenant, _events(server, tenant, jobs, options, idempotency_key))
-        try:
-            ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
-        except ClientDisconnected:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        ended = await completed_while_connected(server, tenant, request, jobs, idempotency_key)
     base_url = _base_url(request) if options.response_format == "url" else None
     data: list[ImageResult] = []
     for job in ended:

@@ -33,7 +33,7 @@ from vidgen_ray.online.api.responses import (
 from vidgen_ray.online.api_error import ApiError, found, invalid, not_found
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.database import in_write_thread
-from vidgen_ray.online.store.inputs import PREFIXES, NameTaken
+from vidgen_ray.online.store.inputs import PREFIXES, NameTaken, UploadInUse, UploadMissing
 from vidgen_ray.online.uploads import copy_capped, receive
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
@@ -56,10 +56,9 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
     async with receive(request, caps, max(caps.image_bytes, caps.batch_bytes) + FORM_TEXT_BYTES) as received:
         form = CreateFile.parse(received.fields)
         if form.purpose == "batch":
-            stored_bytes = tenant.limits.stored_bytes
-            upload = await in_write_thread(uploads.add, tenant.name, form.file.file, "batch", stored_bytes)
+            upload = await in_write_thread(uploads.add_batch, tenant, form.file.file, form.details)
         else:
-            upload = await uploads.store(tenant, form.file.file, "file")
+            upload = await uploads.store(tenant, form.file.file, "file", form.details)
     return file_response(upload)
 
 
@@ -111,14 +110,11 @@ async def file_content(server: ServerDep, tenant: TenantDep, file_id: str) -> Re
 @file_router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=error_responses(404, 409))
 async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> FileDeleted:
     """Delete an upload. The file stays on disk while another tenant has uploaded it or an open job needs it."""
-    for character in await asyncio.to_thread(server.store.characters.list, tenant.name):
-        if file_id in character.photos:
-            message = f"{file_id} is a photo of the character {character.name!r}. Delete the character first."
-            raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
-    if await asyncio.to_thread(server.store.batches.uses, tenant.name, file_id):
-        message = f"{file_id} is the input of a running batch. Cancel the batch first."
-        raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
-    if not await in_write_thread(server.job_service.uploads.delete, tenant.name, file_id):
+    try:
+        is_deleted = await in_write_thread(server.job_service.uploads.delete, tenant.name, file_id)
+    except UploadInUse as error:
+        raise ApiError(409, str(error), code="file_in_use", headers={"x-should-retry": "false"}) from None
+    if not is_deleted:
         raise not_found("file", file_id)
     return FileDeleted(id=file_id)
 
@@ -153,6 +149,8 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
             await server.faces_of(tenant, photos, "image")
     try:
         character = await in_write_thread(server.store.characters.create, tenant.name, form.name, photos, consent)
+    except UploadMissing as error:
+        raise invalid("image", f"the upload {error} was deleted meanwhile", "file_not_found") from None
     except NameTaken:
         message = f"name: the character {form.name!r} exists with other photos. Delete it first."
         headers = {"x-should-retry": "false"}

@@ -46,6 +46,7 @@ from vidgen_ray.limits import MAX_FRAMES, MAX_RESULTS, MIN_FRAMES
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_size_fields
 from vidgen_ray.online.store.database import MAX_URL
+from vidgen_ray.online.store.inputs import UploadDetails
 from vidgen_ray.safety import Consent
 from vidgen_ray.shot import (
     FRAMES_SCHEMA,
@@ -668,11 +669,34 @@ class CreateCharacter(RequestBody):
         return value
 
 
+class ExpiresAfter(StrictModel):
+    """When a file expires: it is deleted within the hour after that."""
+
+    anchor: Literal["created_at"] = Field(description="Always created_at: the creation of the file.")
+    seconds: int = Field(ge=3600, le=2_592_000, description="Seconds after it, from an hour to 30 days.")
+
+
 class CreateFile(RequestBody):
     """Body of `POST /v1/files`."""
 
     file: File = Field(description="Image, or input file of a batch.")
     purpose: ShortText | None = Field(None, description="`batch` for the input file of a batch. Others: an image.")
+    expires_after: ExpiresAfter | None = Field(None, description="When it expires. Default: when it was unused for a time.")
+
+    @property
+    def details(self) -> UploadDetails:
+        """Name and expiry of the file."""
+        name = (self.file.filename or "").replace("\0", "").encode(errors="replace").decode()
+        return UploadDetails(name[-255:] or None, None if self.expires_after is None else self.expires_after.seconds)
+
+
+_WINDOW = r"^[1-9][0-9]{0,3}[mhd]$"
+
+
+def _as_window(text: str) -> str:
+    if re.fullmatch(_WINDOW, text) is None:
+        raise ValueError("must be a number of minutes, hours or days from 1 to 9999, such as 90m, 24h or 7d")
+    return text
 
 
 class CreateBatch(RequestBody):
@@ -680,12 +704,15 @@ class CreateBatch(RequestBody):
 
     input_file_id: str = Field(description="Id of a file with purpose `batch`: JSON objects, one a line.")
     endpoint: Literal["/v1/videos", "/v1/images/generations", "/v1/shots"] = Field(description="Route of all lines.")
-    completion_window: str = Field(
-        pattern=r"^[1-9][0-9]{0,3}[mhd]$",
+    completion_window: Annotated[str, AfterValidator(_as_window)] = Field(
+        json_schema_extra={"pattern": _WINDOW},
         description="Minutes, hours or days within which lines start, for example 24h. Later ones get an error.",
     )
     metadata: dict[Annotated[str, Field(max_length=64)], ShortText] = Field(
         {}, max_length=16, description="Up to 16 texts, which are returned with the batch."
+    )
+    output_expires_after: ExpiresAfter | None = Field(
+        None, description="When its output files expire. Default: when they were unused for a time."
     )
 
     @property

@@ -127,6 +127,7 @@ class Estimate(BaseModel):
     )
     is_rendered: bool = Field(description="True if the files exist already, so that the job would be completed at once.")
     results: int = Field(description="Number of results: `n` of the request.")
+    licences: list[UsedWeights] = Field(description="Weights behind the job, with their licences.")
     seconds: str = Field(description="Length of the clip in seconds.")
     size: str = Field(description="WIDTHxHEIGHT of the delivered file in pixels.")
     model_size: str = Field(description="WIDTHxHEIGHT in pixels that the models draw, before upscaling and cropping.")
@@ -188,23 +189,37 @@ class UploadedFile(BaseModel):
     object: Literal["file"] = Field("file", description="Type of this object.")
     bytes: int = Field(description="Size in bytes.")
     created_at: Timestamp = Field(description="Time of the upload in seconds since 1970.")
-    filename: str = Field(description="Same as `id`. The client's file name is not stored.")
+    filename: str = Field(description="Name that the client gave at its last upload, else the `id`.")
     purpose: Purpose = Field(description="vision for images.")
     status: Literal["processed"] = Field("processed", description="Always processed.")
+    expires_at: Timestamp | None = Field(
+        None, description="Time after which it is deleted. Null: when it was unused for a time."
+    )
 
 
 class BatchProblem(BaseModel):
-    """Why a batch failed, or was cancelled by the server."""
+    """Why a batch failed."""
 
     code: str = Field(description="Stable code of the error, for example `empty_file`.")
     message: str = Field(description="Human-readable explanation.")
     param: str | None = Field(None, description="Always null.")
+    line: int | None = Field(None, description="Always null.")
+
+
+class BatchUsage(BaseModel):
+    """Token counts that OpenAI's clients expect. Always 0."""
+
+    input_tokens: int = Field(0, description="Always 0.")
+    input_tokens_details: dict[str, int] = Field(default_factory=lambda: {"cached_tokens": 0}, description="Always 0.")
+    output_tokens: int = Field(0, description="Always 0.")
+    output_tokens_details: dict[str, int] = Field(default_factory=lambda: {"reasoning_tokens": 0}, description="Always 0.")
+    total_tokens: int = Field(0, description="Always 0.")
 
 
 class RequestCounts(BaseModel):
     """Lines of a batch."""
 
-    total: int = Field(description="Lines of the input file that are not blank.")
+    total: int = Field(description="Lines of the input file that are not blank. 0 until they are counted.")
     completed: int = Field(description="Lines that are completed.")
     failed: int = Field(description="Lines that are invalid, failed or were cancelled.")
 
@@ -213,12 +228,13 @@ class BatchResponse(BatchFields):
     """OpenAI's Batch. Times are in seconds since 1970."""
 
     object: Literal["batch"] = Field("batch", description="Type of this object.")
-    errors: BatchProblems | None = Field(description="Why the batch failed, or was cancelled by the server.")
+    errors: BatchProblems | None = Field(description="Why the batch failed.")
     completed_at: Timestamp | None = Field(None, description="Time at which all lines had ended.")
-    failed_at: Timestamp | None = Field(None, description="Time at which the input file was refused.")
+    failed_at: Timestamp | None = Field(None, description="Time at which it failed.")
     expired_at: Timestamp | None = Field(None, description="Time at which it ended after `expires_at`.")
     cancelled_at: Timestamp | None = Field(None, description="Time at which a cancelled batch ended.")
     request_counts: RequestCounts = Field(description="Lines by state.")
+    usage: BatchUsage = Field(BatchUsage(), description="Token counts.")
 
 
 class UsageRow(BaseModel):
@@ -228,7 +244,7 @@ class UsageRow(BaseModel):
 
     day: str = Field(description="UTC day, YYYY-MM-DD.")
     key_id: str = Field(description="First 12 digits of the sha256 of the key.")
-    model: str = Field(description="Model of the requests.")
+    model: str = Field(description="Model of the requests, by its name in `GET /v1/models`, whatever alias they sent.")
     jobs: int = Field(description="Jobs that completed, failed or were cancelled.")
     gpu_seconds: float = Field(description="Measured GPU-seconds.")
     cost: float = Field(description="Their cost at the price of the server at that time. 0 without a price.")
@@ -282,8 +298,8 @@ class BatchPage(_Page):
     data: list[BatchResponse] = Field(description="The batches, the newest first.")
 
 
-class UsagePage(_List):
-    """Usage of a tenant, and the budgets of the key."""
+class UsagePage(_Page):
+    """One page of the usage of a tenant, and the budgets of the key."""
 
     data: list[UsageRow] = Field(description="Usage by day, key and model.")
     budgets: list[BudgetResponse] = Field(description="Budgets of the key of the request.")
@@ -454,7 +470,7 @@ def _status(job: Job) -> dict[str, Any]:
 
 def file_response(upload: Upload) -> UploadedFile:
     """Return an upload as OpenAI's file."""
-    return UploadedFile.model_validate({**vars(upload), "filename": upload.id, "purpose": upload.purpose})
+    return UploadedFile.model_validate({**vars(upload), "filename": upload.filename or upload.id, "purpose": upload.purpose})
 
 
 def budget_response(state: BudgetState) -> BudgetResponse:
@@ -467,5 +483,5 @@ def budget_response(state: BudgetState) -> BudgetResponse:
 def batch_response(batch: Batch, counts: Counts) -> BatchResponse:
     """Return a batch as OpenAI's."""
     ended = {} if batch.ended_at is None else {f"{batch.status}_at": batch.ended_at}
-    errors, counted = batch.error and {"data": [batch.error]}, {"total": batch.total, **counts._asdict()}
-    return BatchResponse.model_validate({**vars(batch), **ended, "errors": errors, "request_counts": counted})
+    errors = batch.error and {"data": [batch.error]}
+    return BatchResponse.model_validate({**vars(batch), **ended, "errors": errors, "request_counts": counts._asdict()})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from vidgen_ray.graph import file_sizes
@@ -199,7 +199,8 @@ async def video_fields(
         fields["image"] = await server.image_references.resolve(tenant, getattr(request, name), name)
     if request.last_image is not None:
         fields["last_image"] = await server.image_references.resolve(tenant, request.last_image, "last_image")
-    returned = {"model": model, "user": request.user, "deadline_s": request.deadline_s, **webhook_of(server, request.webhook)}
+    model_names, webhook = server.stored_model(model), webhook_of(server, request.webhook)
+    returned = {**model_names, "user": request.user, "deadline_s": request.deadline_s, **webhook}
     if hd_beside:
         returned["hd"] = True
     if original is not None:
@@ -274,7 +275,7 @@ async def video_events(
 
 
 async def _events(server: ServerContext, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:
-    async for current in server.job_feed.follow(job):
+    async for current in server.job_feed.follow(job, may_close=True):
         if current is None:
             yield ServerSentEvent(event="video.deleted", data=VideoDeleted(id=job.id).model_dump_json())
         # The last event is always sent: a browser that missed it would reconnect forever.
@@ -320,7 +321,7 @@ def fields_of_shot(server: ServerContext, body: Mapping[str, Any]) -> tuple[dict
     """Return the fields of the shot in a body, and the values that are stored with the job. Raises ApiError."""
     fields = CreateShot.parse(body).model_dump(exclude_unset=True)
     returned = {
-        "model": server.model(None)[0],
+        **server.stored_model(server.model(None)[0]),
         "deadline_s": fields.pop("deadline_s", None),
         **webhook_of(server, fields.pop("webhook", None)),
     }
@@ -382,7 +383,9 @@ async def _estimate(
     video = video_of(server, job, JobEstimate(None, None, 0.0))
     return Estimate.model_validate(
         {
-            **video.model_dump(include={"model", "seconds", "size", "model_size", "scale", "hd_size", "fps", "num_frames"}),
+            **video.model_dump(
+                include={"model", "seconds", "size", "model_size", "scale", "hd_size", "fps", "num_frames", "licences"}
+            ),
             "render_s": round(sum(seconds.values()), 3),
             "stage_durations": seconds,
             "gpu_seconds": round(gpu_seconds, 3),
@@ -393,14 +396,6 @@ async def _estimate(
             "results": len(shots),
         }
     )
-
-
-CLIENT_CLOSED_REQUEST = 499
-"""Status of a response that no client receives."""
-
-
-class ClientDisconnected(Exception):
-    """The client closed the connection before the results were ready."""
 
 
 async def completed_jobs(server: ServerContext, jobs: Sequence[Job]) -> list[Job]:
@@ -422,14 +417,14 @@ async def completed_while_connected(
     server: ServerContext, tenant: Tenant, request: Request, jobs: Sequence[Job], idempotency_key: str | None
 ) -> list[Job]:
     """Wait as `completed_jobs`. If the client closes the connection, cancel the jobs of a request without a key, and raise
-    ClientDisconnected."""
+    ClientDisconnect."""
     waiting = asyncio.create_task(completed_jobs(server, jobs))
     connection = asyncio.create_task(_disconnected(request))
     async with cancelled_if_abandoned(server, tenant, jobs, idempotency_key):
         try:
             await asyncio.wait((waiting, connection), return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                raise ClientDisconnected
+                raise ClientDisconnect
             return waiting.result()
         finally:
             waiting.cancel()
@@ -443,7 +438,7 @@ async def cancelled_if_abandoned(
     """Cancel the jobs if the client goes away during the block. With a key the same request may wait for them again."""
     try:
         yield
-    except (ClientDisconnected, asyncio.CancelledError, GeneratorExit):
+    except (ClientDisconnect, asyncio.CancelledError, GeneratorExit):
         # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the jobs.
         if idempotency_key is None:
             await asyncio.shield(asyncio.gather(*(server.job_service.cancel(tenant, job.id) for job in jobs)))

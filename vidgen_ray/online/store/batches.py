@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, JsonValue
-from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, Row, ScalarSelect, Select, and_, bindparam, delete, func, insert, select, update
 
 from vidgen_ray.errors import StrictModel, VidgenError
 from vidgen_ray.online.server_settings import Budget
 from vidgen_ray.online.store.budgets import BudgetExceeded
 from vidgen_ray.online.store.database import BATCH_LINES, BATCHES, JOBS, Database, Transaction
-from vidgen_ray.online.store.jobs import IS_OPEN, Job, JobRows, JobState, Timestamp, job_of
+from vidgen_ray.online.store.inputs import check_space, keep_upload
+from vidgen_ray.online.store.jobs import IS_OPEN, OPEN_STATES, InputMissing, Job, JobRows, JobState, Timestamp, job_of, storable
 
-BatchStatus = Literal["validating", "failed", "in_progress", "completed", "expired", "cancelling", "cancelled"]
+BatchStatus = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 IS_RUNNING = BATCHES.c.ended_at.is_(None)
 """Condition of batches that have not ended. The index of open batches is used only by queries that include it."""
 
@@ -32,9 +32,11 @@ class BatchFields(BaseModel):
     error_file_id: str | None = Field(None, description="File with the errors of all other lines. Null if there are none.")
     created_at: Timestamp = Field(description="Time of creation.")
     in_progress_at: Timestamp | None = Field(None, description="Time at which the first lines were read.")
+    finalizing_at: Timestamp | None = Field(None, description="Time at which all lines had ended and its files were begun.")
     expires_at: Timestamp = Field(description="Time after which no line starts.")
     cancelling_at: Timestamp | None = Field(None, description="Time at which it was cancelled.")
     metadata: dict[str, str] = Field(description="As in the request.")
+    model: str | None = Field(None, description="Model of its first job.")
 
 
 class Batch(BatchFields, StrictModel):
@@ -48,6 +50,8 @@ class Batch(BatchFields, StrictModel):
     """Lines of the input file that are not blank."""
     rejected: int = 0
     """Lines that are read and have no job."""
+    accepted: int = 0
+    """Lines that are read and have, or had, a job."""
     completed: int = 0
     """Lines in the output file. 0 until the batch has ended."""
     line: int = 0
@@ -55,11 +59,20 @@ class Batch(BatchFields, StrictModel):
     offset: int = 0
     """Bytes of the input file that are read."""
     error: dict[str, JsonValue] | None = None
-    """Why the batch failed or was cancelled by the server: code, message and param."""
+    """Why the batch failed: code, message and param."""
+    reserved_bytes: int = 0
+    """Bytes of the tenant's storage that are kept for its output files while it runs."""
+    output_expires_s: int | None = None
+    """Seconds after which its output files expire. `None`: as other uploads."""
+
+    @property
+    def unread(self) -> int:
+        """Lines that are not read yet."""
+        return self.total - self.accepted - self.rejected
 
 
 class BatchLine(NamedTuple):
-    """Line of an input file, with a new job or an error: code, message and param."""
+    """Line of an input file, with a new job or an error: code, message, param, type and status."""
 
     number: int
     offset: int
@@ -78,10 +91,21 @@ class StoredLine(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Lines of a batch that have ended."""
+    """Lines of a batch: all, and those that have ended."""
 
+    total: int
     completed: int
     failed: int
+
+
+class TooManyBatches(VidgenError):
+    """The tenant has as many running batches as its key allows."""
+
+
+BYTES_PER_LINE = 2_048
+"""Bytes of a line of an output file, without what it repeats of the input file."""
+_SHOWN_LETTERS = 100
+"""Letters of a custom id that an error repeats."""
 
 
 class OtherBatch(VidgenError):
@@ -96,15 +120,30 @@ class Batches:
         self._rows = rows
         self._now = now
 
-    def create(self, batch: Batch) -> Batch:
-        """Store a new batch, or return the stored one with its id. Raises OtherBatch if that has another content."""
+    def create(self, batch: Batch, max_open: int | None = None, max_bytes: int | None = None) -> Batch:
+        """Store a new batch, or return the stored one with its id. Reserves space for its output files.
+
+        `max_open`: most running batches of the tenant, `max_bytes`: that it may store.
+        Raises OtherBatch if that has another content, UploadMissing if the input file is not an upload of the tenant,
+        TooManyBatches and StorageFull.
+        """
         with self._database.transaction() as transaction:
-            if (row := transaction.connection.execute(_of(batch.id, batch.tenant)).one_or_none()) is None:
-                values = {**batch.model_dump(mode="json"), "seq": transaction.version}
-                transaction.connection.execute(insert(BATCHES).values(values))
+            connection = transaction.connection
+            row = connection.execute(_of(batch.id, batch.tenant)).one_or_none()
+            if row is None:
+                file = keep_upload(transaction, batch.tenant, batch.input_file_id, self._now())
+                own = IS_RUNNING, BATCHES.c.tenant == batch.tenant
+                running = connection.scalar(select(func.count()).select_from(BATCHES).where(*own)) or 0
+                if max_open is not None and running >= max_open:
+                    raise TooManyBatches(f"At most {max_open} batches of a tenant may run at once. Wait until one has ended")
+                reserved = reserved_bytes(file.lines, file.bytes)
+                if max_bytes is not None:
+                    check_space(connection, batch.tenant, reserved, max_bytes)
+                batch = batch.model_copy(update={"reserved_bytes": reserved})
+                connection.execute(insert(BATCHES).values({**batch.model_dump(mode="json"), "seq": transaction.version}))
                 return batch
-        same = {"endpoint", "input_file_id", "completion_window", "metadata"}
-        if (stored := _batch(row)).model_dump(include=same) != batch.model_dump(include=same):
+        stored = _batch(row)
+        if any(getattr(stored, field) != getattr(batch, field) for field in REQUEST_FIELDS):
             raise OtherBatch(batch.id)
         return stored
 
@@ -125,39 +164,45 @@ class Batches:
         """Return all batches that have not ended, the oldest first."""
         return [_batch(row) for row in self._database.rows(select(BATCHES).where(IS_RUNNING).order_by(BATCHES.c.seq))]
 
-    def uses(self, tenant: str, file: str) -> bool:
-        """Return whether a running batch reads this upload."""
-        own = BATCHES.c.tenant == tenant, BATCHES.c.input_file_id == file
-        return bool(self._database.rows(select(BATCHES.c.id).where(IS_RUNNING, *own).limit(1)))
-
     def counts(self, batch: Batch) -> Counts:
-        """Return how many lines have ended."""
-        if batch.ended_at is not None:
-            return Counts(batch.completed, batch.total - batch.completed)
-        jobs = self._jobs(batch)
-        failed = jobs.get(JobState.FAILED, 0) + jobs.get(JobState.CANCELLED, 0)
-        return Counts(jobs.get(JobState.COMPLETED, 0), failed + batch.rejected)
+        """Return how many lines there are, and how many have ended, all at one time."""
+        rows = self._database.rows(COUNTS, {"of_batch": batch.id})
+        if not rows:
+            return Counts(batch.total, batch.completed, batch.total - batch.completed)
+        (row,) = rows
+        if row.ended_at is not None:
+            return Counts(row.total, row.completed, row.total - row.completed)
+        # Lines whose jobs were deleted fail, too.
+        return Counts(row.total, row.done, row.read - row.done - row.open)
 
     def open_jobs(self, batch: Batch) -> tuple[int, int]:
-        """Return how many jobs of a batch are queued, and how many are in progress."""
-        jobs = self._jobs(batch, IS_OPEN)
+        """Return how many jobs of a batch are queued, and how many are in progress, without deleted ones."""
+        own = _jobs_of(batch), IS_OPEN, JOBS.c.deleted_at.is_(None)
+        query = select(JOBS.c.state, func.count().label("jobs")).where(*own).group_by(JOBS.c.state)
+        jobs = {row.state: row.jobs for row in self._database.rows(query)}
         return jobs.get(JobState.QUEUED, 0), jobs.get(JobState.IN_PROGRESS, 0)
 
-    def _jobs(self, batch: Batch, *where: ColumnElement[bool]) -> dict[str, int]:
-        """Return state -> number of jobs of a batch that match `where`."""
-        query = select(JOBS.c.state, func.count().label("jobs")).where(_jobs_of(batch), *where).group_by(JOBS.c.state)
-        return {row.state: row.jobs for row in self._database.rows(query)}
+    def start(self, batch: Batch, total: int, size: int) -> None:
+        """Store how many lines a batch has, in a file of so many bytes. They are read from now on."""
+        with self._database.transaction():
+            self._update(batch, total=total, reserved_bytes=reserved_bytes(total, size))
+            self._update(batch, BATCHES.c.status == "validating", status="in_progress", in_progress_at=self._now())
 
-    def start(self, batch: Batch, total: int) -> None:
-        """Begin to read a batch with so many lines."""
-        self._update(batch, BATCHES.c.status == "validating", status="in_progress", total=total, in_progress_at=self._now())
+    def lose_input(self, batch: Batch, error: dict[str, JsonValue]) -> None:
+        """Store why no further line of a batch is read. It fails when its jobs have ended."""
+        self._update(batch, error=error)
+
+    def finalize(self, batch: Batch) -> None:
+        """Begin to write the files of a batch."""
+        begun = BATCHES.c.status.in_(("validating", "in_progress"))
+        self._update(batch, begun, status="finalizing", finalizing_at=self._now())
 
     def add(
         self, batch: Batch, lines: Sequence[BatchLine], files_exist: Callable[[Job], bool], budgets: Sequence[Budget] = ()
     ) -> bool:
         """Store the next lines of a batch and their jobs, until a budget of the key is reserved or spent that will reset.
 
-        `files_exist`: see `JobStore.create_all`.
+        `files_exist`: see `storable`.
 
         A line with the `custom_id` of an earlier one gets an error without it. Return False, and store nothing, if another
         process has read these lines, the batch was cancelled after `batch` was read, or nothing is left of a budget.
@@ -166,52 +211,62 @@ class Batches:
         with self._database.transaction() as transaction:
             if not self._update(batch, *unchanged, offset=batch.offset):
                 return False
-            last, rejected = None, 0
-            for line in lines:
-                try:
-                    rejected += not self._add_line(transaction, batch, line, files_exist, budgets, is_first=last is None)
-                except BudgetExceeded as exceeded:
-                    if exceeded.can_pass_later:
-                        break
-                    error: dict[str, JsonValue] = {"code": "budget_exceeded", "message": str(exceeded)}
-                    self._add_line(transaction, batch, line._replace(result=error), files_exist, budgets)
-                    rejected += 1
-                last = line
-            if last is not None:
-                read = {"line": last.number, "offset": last.offset}
-                self._update(batch, rejected=BATCHES.c.rejected + rejected, **read)
-            return last is not None
+            rows = self._line_rows(transaction, batch, lines, files_exist, budgets)
+            if not rows:
+                return False
+            transaction.connection.execute(insert(BATCH_LINES), rows)
+            last = lines[len(rows) - 1]
+            jobs = [line.result for line, row in zip(lines, rows, strict=False) if row["job"] is not None]
+            read = {"accepted": BATCHES.c.accepted + len(jobs), "rejected": BATCHES.c.rejected + len(rows) - len(jobs)}
+            self._update(batch, line=last.number, offset=last.offset, **read)
+            if batch.model is None and jobs and isinstance(jobs[0], Job):
+                self._update(batch, model=str(jobs[0].request.get("model"))[:128])
+            return True
 
-    def _add_line(
+    def _line_rows(
         self,
         transaction: Transaction,
         batch: Batch,
-        line: BatchLine,
+        lines: Sequence[BatchLine],
         files_exist: Callable[[Job], bool],
         budgets: Sequence[Budget],
-        is_first: bool = False,
-    ) -> bool:
-        """Store a line. Return whether it has a job. Raises BudgetExceeded."""
-        row = {"batch": batch.id, "line": line.number, "custom_id": line.custom_id, "job": None, "error": None}
-        row |= {"job": line.result.id} if isinstance(line.result, Job) else {"error": line.result}
-        try:
-            with transaction.connection.begin_nested():
-                transaction.connection.execute(INSERT_LINE, row)
-                if isinstance(line.result, Job):
-                    job = line.result if not line.result.state.is_final or files_exist(line.result) else line.result.queued()
-                    self._rows.insert(transaction, job, is_first, budgets)
-        except IntegrityError:
-            message = f"custom_id: {line.custom_id!r} is that of an earlier line, must be unique"
-            error = {"code": "duplicate_custom_id", "message": message, "param": "custom_id"}
-            transaction.connection.execute(INSERT_LINE, {**row, "custom_id": None, "job": None, "error": error})
-            return False
-        return isinstance(line.result, Job)
+    ) -> Sequence[dict[str, Any]]:
+        """Store the jobs of lines, until a budget is reserved that will reset. Return the rows of these lines."""
+        rows = list[dict[str, Any]]()
+        known = self._custom_ids(transaction, batch, lines)
+        jobs = 0
+        for line in lines:
+            custom_id, result = line.custom_id, line.result
+            if custom_id in known:
+                message = f"custom_id: {custom_id[:_SHOWN_LETTERS]!r} is that of an earlier line, must be unique"
+                custom_id, result = None, {"code": "duplicate_custom_id", "message": message, "param": "custom_id"}
+            if isinstance(result, Job):
+                try:
+                    self._rows.insert(transaction, storable(result, files_exist), is_first=not jobs, budgets=budgets)
+                    jobs += 1
+                except InputMissing as missing:
+                    result = {"code": "file_not_found", "message": str(missing)}
+                except BudgetExceeded as exceeded:
+                    if exceeded.can_pass_later:
+                        break
+                    result = {"code": "budget_exceeded", "message": str(exceeded), "type": "insufficient_quota", "status": 429}
+            if custom_id is not None:
+                known.add(custom_id)
+            outcome = {"job": result.id, "error": None} if isinstance(result, Job) else {"job": None, "error": result}
+            rows.append({"batch": batch.id, "line": line.number, "custom_id": custom_id, **outcome})
+        return rows
 
-    def cancel(self, batch: Batch, error: dict[str, JsonValue] | None = None) -> None:
-        """Cancel a batch and its open jobs, unless it has ended. `error`: if the server does so by itself."""
+    def _custom_ids(self, transaction: Transaction, batch: Batch, lines: Sequence[BatchLine]) -> set[str]:
+        """Return those of the custom ids of new lines that earlier lines have."""
+        new = [line.custom_id for line in lines if line.custom_id is not None]
+        query = select(BATCH_LINES.c.custom_id).where(BATCH_LINES.c.batch == batch.id, BATCH_LINES.c.custom_id.in_(new))
+        return set(transaction.connection.scalars(query)) if new else set()
+
+    def cancel(self, batch: Batch) -> None:
+        """Cancel a batch and its open jobs, unless it has ended."""
         with self._database.transaction() as transaction:
-            values = {"status": "cancelling", "cancelling_at": self._now(), "error": error}
-            if self._update(batch, BATCHES.c.status.in_(("validating", "in_progress")), **values):
+            begun = BATCHES.c.status.in_(("validating", "in_progress", "finalizing"))
+            if self._update(batch, begun, status="cancelling", cancelling_at=self._now()):
                 self._rows.cancel(transaction, [_jobs_of(batch)])
 
     def lines(self, batch: Batch, after: int, limit: int) -> Sequence[StoredLine]:
@@ -224,16 +279,33 @@ class Batches:
         rows = self._database.rows(query.order_by(BATCH_LINES.c.line).limit(limit))
         return [StoredLine(row.line, row.custom_id, None if row.id is None else job_of(row), row.problem) for row in rows]
 
-    def end(self, batch: Batch, status: BatchStatus, **values: Any) -> None:
-        """End a batch in which nothing has changed, and add its webhook messages. Its lines are in its files.
+    def end(
+        self,
+        batch: Batch,
+        status: BatchStatus,
+        record_files: Callable[[], Mapping[str, str]] = dict,
+        error: dict[str, JsonValue] | None = None,
+        completed: int = 0,
+    ) -> None:
+        """End a batch whose status has not changed, cancel its open jobs, and add its webhook messages.
 
-        Files of jobs are kept from now on as long as if they had just ended.
+        `record_files` records its output files in the same transaction and returns their ids. `error`: why it failed. Files of
+        jobs are kept from now on as long as if they had just ended.
         """
         with self._database.transaction() as transaction:
-            if self._update(batch, BATCHES.c.status == batch.status, status=status, ended_at=self._now(), **values):
-                transaction.connection.execute(delete(BATCH_LINES).where(BATCH_LINES.c.batch == batch.id))
-                self._rows.keep(transaction, _jobs_of(batch))
-                self._rows.add_messages(transaction, batch.tenant, f"batch.{status}", batch.id)
+            if not self._update(batch, BATCHES.c.status == batch.status, reserved_bytes=0):
+                return
+            values = {**record_files(), "completed": completed, **({"error": error} if error else {})}
+            self._update(batch, status=status, ended_at=self._now(), **values)
+            transaction.connection.execute(delete(BATCH_LINES).where(BATCH_LINES.c.batch == batch.id))
+            self._rows.cancel(transaction, [_jobs_of(batch), IS_OPEN])
+            self._rows.keep(transaction, _jobs_of(batch))
+            self._rows.add_messages(transaction, batch.tenant, f"batch.{status}", batch.id)
+
+    def delete_ended(self, before: float) -> None:
+        """Delete the batches that have ended before this time, in seconds since 1970. Their files are uploads."""
+        with self._database.transaction() as transaction:
+            transaction.connection.execute(delete(BATCHES).where(BATCHES.c.ended_at.is_not(None), BATCHES.c.ended_at < before))
 
     def _update(self, batch: Batch, *where: ColumnElement[bool], **values: Any) -> bool:
         """Update a batch that has not ended. Return whether it matches `where`."""
@@ -242,7 +314,28 @@ class Batches:
             return transaction.connection.execute(statement).rowcount > 0
 
 
-INSERT_LINE = insert(BATCH_LINES)
+REQUEST_FIELDS = "endpoint", "input_file_id", "completion_window", "metadata", "output_expires_s"
+"""Fields of a batch that its request sets."""
+
+
+def _jobs_in(*states: JobState) -> ScalarSelect[int]:
+    """Return the number of jobs of a batch in these states, without deleted ones."""
+    of_batch = JOBS.c.batch.is_not(None), JOBS.c.batch == BATCHES.c.id, JOBS.c.deleted_at.is_(None)
+    return select(func.count()).select_from(JOBS).where(*of_batch, JOBS.c.state.in_(states)).scalar_subquery()
+
+
+# One statement sees one state of the database.
+COUNTS = select(
+    *BATCHES.c["ended_at", "total", "completed"],
+    (BATCHES.c.accepted + BATCHES.c.rejected).label("read"),
+    _jobs_in(JobState.COMPLETED).label("done"),
+    _jobs_in(*OPEN_STATES).label("open"),
+).where(BATCHES.c.id == bindparam("of_batch"))
+
+
+def reserved_bytes(lines: int, size: int) -> int:
+    """Return the bytes that the output files of an input file may have."""
+    return lines * BYTES_PER_LINE + size
 
 
 def _of(batch_id: str, tenant: str) -> Select[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, bindparam, case, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, case, func, insert, literal, select, tuple_, update
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.server_settings import Budget
@@ -22,7 +22,30 @@ _ADD = (
 )
 _COMPARED = select(func.sum(USAGE.c.compared), func.sum(USAGE.c.estimate)).where(USAGE.c.model == bindparam("of_model"))
 
+RECENT_CHANGES, _COMPARED_JOBS = 512, 32
+"""Last changed jobs among which completed ones are looked for, and how many of these correct an estimate."""
+RECENT_QUANTILE = 0.9
+_changed = (
+    select(JOBS.c.state, JOBS.c.estimate, JOBS.c.gpu_seconds, JOBS.c.request, JOBS.c.version)
+    .order_by(JOBS.c.version.desc())
+    .limit(RECENT_CHANGES)
+    .subquery()
+)
+_RECENT = (
+    select(_changed.c.estimate, _changed.c.gpu_seconds, _changed.c.request)
+    .where(_changed.c.state == "completed", _changed.c.gpu_seconds > 0, _changed.c.estimate > 0)
+    .order_by(_changed.c.version.desc())
+    .limit(_COMPARED_JOBS)
+)
+USAGE_MODEL = "usage_model"
+"""Field of `Job.request` with the model that usage and metrics name: clients may send any name that means it."""
+
 WINDOWS = {"day": "a day", "month": "a month", "total": "in total"}
+
+
+def usage_model(request: Mapping[str, Any]) -> str:
+    """Return the model of a job that usage and metrics name."""
+    return str(request.get(USAGE_MODEL) or request.get("model"))
 
 
 class BudgetState(NamedTuple):
@@ -69,7 +92,7 @@ class Usage:
     def settle(self, connection: Connection, ended: Sequence[Any], is_completed: bool) -> None:
         """Count jobs that have ended, or their rows. Only estimates of completed jobs that have computed something count."""
         for row in ended:
-            place = {"tenant": row.tenant, "key_id": row.key_id, "model": str(row.request.get("model")), "day": self._today()}
+            place = {"tenant": row.tenant, "key_id": row.key_id, "model": usage_model(row.request), "day": self._today()}
             added = {
                 "jobs": 1,
                 "gpu_seconds": row.gpu_seconds,
@@ -80,10 +103,24 @@ class Usage:
             if not connection.execute(_ADD, {f"more_{name}": value for name, value in (place | added).items()}).rowcount:
                 connection.execute(insert(USAGE), place | added)
 
-    def correction(self, connection: Connection, model: str) -> float:
-        """Return the factor of measured to estimated GPU-seconds of completed jobs. 1 if there are none."""
+    def correction(self, connection: Connection, model: str, *, is_capped: bool = False) -> float:
+        """Return the factor of measured to estimated GPU-seconds of completed jobs. 1 if there are none.
+
+        `is_capped`: the key has a budget. Then recent jobs count if they took longer than the mean: a busy machine is slower.
+        """
         measured, estimated = connection.execute(_COMPARED, {"of_model": model}).one()
-        return min(MAX_CORRECTION, max(1 / MAX_CORRECTION, measured / estimated)) if estimated else 1.0
+        if not estimated:
+            return 1.0
+        factor: float = measured / estimated
+        if is_capped:
+            factor = max(factor, self._recent_factor(connection, model))
+        return min(MAX_CORRECTION, max(1 / MAX_CORRECTION, factor))
+
+    def _recent_factor(self, connection: Connection, model: str) -> float:
+        """Return the factor that most recent jobs have not exceeded. 0 if there are none."""
+        rows = connection.execute(_RECENT)
+        factors: list[float] = sorted(row.gpu_seconds / row.estimate for row in rows if usage_model(row.request) == model)
+        return factors[int(RECENT_QUANTILE * (len(factors) - 1))] if factors else 0.0
 
     def check(self, connection: Connection, key_id: str, budgets: Sequence[Budget], wanted: float) -> None:
         """Raise BudgetExceeded if new jobs would reserve more GPU-seconds than a budget has left."""
@@ -108,10 +145,16 @@ class Usage:
             }
         return {row.id for row in rows if row.key_id in spent}
 
-    def rows(self, tenant: str, first: str, last: str) -> Sequence[Row[Any]]:
-        """Return the usage of a tenant from one day to another, oldest first, by key and model."""
-        own = USAGE.c.tenant == tenant, USAGE.c.day >= first, USAGE.c.day <= last
-        return self._database.rows(select(USAGE).where(*own).order_by(USAGE.c.day, USAGE.c.key_id, USAGE.c.model))
+    def rows(
+        self, tenant: str, first: str, last: str, *, after: tuple[str, str, str] = ("", "", ""), limit: int | None = None
+    ) -> Sequence[Row[Any]]:
+        """Return the usage of a tenant from one day to another, oldest first, by key and model.
+
+        At most `limit` rows, those that follow the one with the day, key id and model `after`.
+        """
+        order = USAGE.c.day, USAGE.c.key_id, USAGE.c.model
+        own = USAGE.c.tenant == tenant, USAGE.c.day >= first, USAGE.c.day <= last, tuple_(*order) > tuple_(*map(literal, after))
+        return self._database.rows(select(USAGE).where(*own).order_by(*order).limit(limit))
 
     def totals(self) -> Mapping[tuple[str, str], float]:
         """Return (key, model) -> GPU-seconds of all time."""

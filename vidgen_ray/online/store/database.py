@@ -128,7 +128,7 @@ JOBS = Table(
     Column("estimate", Float(53), nullable=False),
     Column("reserved", Float(53), nullable=False),
     Column("gpu_seconds", Float(53), nullable=False),
-    _partial_index("vidgen_jobs_by_batch", "batch IS NOT NULL", "batch", "state"),
+    _partial_index("vidgen_jobs_by_batch", "batch IS NOT NULL", "batch", "state", "deleted_at"),
     _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "place"),
     _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "seq", "kind", "state"),
     _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
@@ -177,20 +177,27 @@ BATCHES = Table(
     Column("created_at", Float(53), nullable=False),
     Column("expires_at", Float(53), nullable=False),
     Column("in_progress_at", Float(53)),
+    Column("finalizing_at", Float(53)),
     Column("cancelling_at", Float(53)),
     Column("ended_at", Float(53)),
     Column("total", Integer, nullable=False),
     Column("rejected", Integer, nullable=False),
+    Column("accepted", Integer, nullable=False),
     Column("completed", Integer, nullable=False),
     Column("line", Integer, nullable=False),
     Column("offset", BigInteger, nullable=False),
     Column("output_file_id", String(80)),
     Column("error_file_id", String(80)),
     Column("error", JSON(none_as_null=True)),
+    Column("model", String(128)),
+    Column("reserved_bytes", BigInteger, nullable=False),
+    Column("output_expires_s", Integer),
     _partial_index("vidgen_batches_by_open", "ended_at IS NULL", "seq"),
+    _partial_index("vidgen_batches_by_end", "ended_at IS NOT NULL", "ended_at"),
     Index("vidgen_batches_by_tenant", "tenant", "seq"),
 )
-"""Batches. `line` and `offset`: lines and bytes of the input file that are read; `rejected`: those of them without a job."""
+"""Batches. `line` and `offset`: lines and bytes of the input file that are read; `rejected`: those of them without a job,
+`accepted`: those with one. `reserved_bytes`: of the stored bytes of the tenant, for the output files of a running batch."""
 
 BATCH_LINES = Table(
     "vidgen_batch_lines",
@@ -243,10 +250,14 @@ UPLOADS = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float(53), nullable=False),
     Column("used_at", Float(53), nullable=False),
+    Column("filename", String(255)),
+    Column("lines", Integer, nullable=False),
+    Column("expires_at", Float(53)),
     Index("vidgen_uploads_by_file", "file"),
     Index("vidgen_uploads_by_use", "used_at"),
 )
-"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder."""
+"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder, `filename` the name that
+the client gave, which is only returned."""
 
 OUTBOX = Table(
     "vidgen_outbox",

@@ -16,9 +16,9 @@ from pydantic import BeforeValidator, Field, JsonValue
 from sqlalchemy import ColumnElement, Connection, Row, Subquery, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from vidgen_ray.errors import FrozenModel, StrictModel
+from vidgen_ray.errors import FrozenModel, StrictModel, VidgenError
 from vidgen_ray.online.server_settings import Budget
-from vidgen_ray.online.store.budgets import Usage
+from vidgen_ray.online.store.budgets import Usage, usage_model
 from vidgen_ray.online.store.database import DIRECTOR_TABLE, JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import PRIORITIES, PRIORITY_STEP, Priority, Shot
 from vidgen_ray.system.files import ProcessId, this_process
@@ -124,6 +124,23 @@ class Job(StrictModel):
         return self.model_copy(update=reset)
 
 
+class InputMissing(VidgenError):
+    """A file that a new job needs was deleted while the request was checked."""
+
+
+def storable(job: Job, files_exist: Callable[[Job], bool]) -> Job:
+    """Return a new job as it can be stored, in the transaction that does so: queued if it was completed and its files are gone.
+
+    `files_exist` returns whether the results of a completed job, or the inputs of a queued one, are stored.
+    Raises InputMissing.
+    """
+    if job.state.is_final and not files_exist(job):
+        job = job.queued()
+    if not job.state.is_final and not files_exist(job):
+        raise InputMissing("A file that the request names was deleted meanwhile. Upload it again.")
+    return job
+
+
 def shot_id_of(key: str) -> str:
     """Return the name of the folder in which a server stores the shot with this content key."""
     return f"online-{key[:32]}"
@@ -168,7 +185,9 @@ _PROGRESS = (
 END_OWN = (
     update(JOBS)
     .where(JOBS.c.id == bindparam("ended"), *HELD)
-    .returning(*(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at", "request", "key_id", "estimate", "gpu_seconds"]))
+    .returning(
+        *(ENDED := JOBS.c["id", "tenant", "kind", "deleted_at", "request", "key_id", "estimate", "gpu_seconds", "batch"])
+    )
 )
 _IN_TIME = or_(JOBS.c.start_by.is_(None), JOBS.c.started_at.is_not(None), JOBS.c.start_by >= bindparam("now"))
 END_LATE = update(JOBS).where(IS_OPEN, JOBS.c.state == JobState.QUEUED, ~_IN_TIME).returning(*ENDED)
@@ -181,17 +200,26 @@ HELD_BY_ALL = (
 )
 
 
+Targets = Callable[[str, str, bool], Sequence[str]]
+"""Returns the names of the webhooks that receive a message: of the tenant, the event, and whether it is about a line of a
+batch."""
+
+
+def no_targets(tenant: str, event: str, is_line: bool) -> Sequence[str]:
+    """Send no messages."""
+    return ()
+
+
 class JobRows:
     """Writer of job rows and of the webhook messages for jobs that have ended."""
 
     def __init__(
         self,
-        targets: Callable[[str], Sequence[str]],
+        targets: Targets,
         retention_s: float | None,
         now: Callable[[], float],
         usage: Usage,
     ) -> None:
-        """`targets` returns the names of the webhooks that receive messages about a tenant's jobs."""
         self._targets = targets
         self._retention_s = retention_s
         self._now = now
@@ -203,7 +231,8 @@ class JobRows:
         Raises BudgetExceeded if its estimate does not fit into the budgets of its key.
         """
         if not job.state.is_final and job.estimate:
-            correction = self._usage.correction(transaction.connection, str(job.request.get("model")))
+            model = usage_model(job.request)
+            correction = self._usage.correction(transaction.connection, model, is_capped=bool(budgets))
             job = job.model_copy(update={"reserved": job.estimate * correction})
             self._usage.check(transaction.connection, job.key_id, budgets, job.reserved)
         if job.state.is_final:
@@ -255,13 +284,21 @@ class JobRows:
             if isinstance(job, Job) or job.deleted_at is None:
                 usage = {"gpu_seconds": job.gpu_seconds, "cost": job.gpu_seconds * self._usage.price}
                 own = job.request.get("webhook")
-                self.add_messages(transaction, job.tenant, f"{job.kind}.{state}", job.id, own, usage)
+                event, is_line = f"{job.kind}.{state}", job.batch is not None
+                self.add_messages(transaction, job.tenant, event, job.id, own, usage, is_line=is_line)
 
     def add_messages(
-        self, transaction: Transaction, tenant: str, event: str, named: str, own: Any = None, usage: Any = None
+        self,
+        transaction: Transaction,
+        tenant: str,
+        event: str,
+        named: str,
+        own: Any = None,
+        usage: Any = None,
+        is_line: bool = False,
     ) -> None:
         """Add messages about a job or a batch to the webhooks of the settings and to the URL `own`."""
-        for target in (*self._targets(tenant), *([own] if own else [])):
+        for target in (*self._targets(tenant, event, is_line), *([own] if own else [])):
             message = Message(
                 id=new_id("evt"),
                 tenant=tenant,

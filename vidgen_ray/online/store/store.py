@@ -47,8 +47,11 @@ from vidgen_ray.online.store.jobs import (
     JobRows,
     JobState,
     Outbox,
+    Targets,
     job_of,
+    no_targets,
     overtaken_by,
+    storable,
 )
 from vidgen_ray.shot import Priority, Shot
 
@@ -78,6 +81,15 @@ class IdempotencyConflict(VidgenError):
 
 class UnknownJob(VidgenError):
     """`after` of a list is not the id of a job of the tenant."""
+
+
+ListedLines = Literal["all", "not cancelled", "none"]
+"""Jobs of batches that a list has."""
+LINE_CONDITIONS: dict[ListedLines, list[ColumnElement[bool]]] = {
+    "all": [],
+    "not cancelled": [or_(JOBS.c.batch.is_(None), JOBS.c.state != JobState.CANCELLED)],
+    "none": [JOBS.c.batch.is_(None)],
+}
 
 
 class Page(NamedTuple):
@@ -113,7 +125,7 @@ class JobStore:
         url: str,
         *,
         retention_s: float | None = None,
-        targets: Callable[[str], Sequence[str]] = lambda tenant: (),
+        targets: Targets = no_targets,
         now: Callable[[], float] = time.time,
         steady: Callable[[], float] | None = None,
         durable: bool = True,
@@ -121,12 +133,13 @@ class JobStore:
     ) -> None:
         """Open the store and create its tables if there are none.
 
-        `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets` returns the names of the
-        webhooks that receive messages about a tenant's jobs. `steady` is a clock for claims, which is never set. `url`,
+        `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets`: see
+        `Targets`. `steady` is a clock for claims, which is never set. `url`,
         `durable` and errors are those of `Database`.
         """
         self._database = Database(url, durable)
         self._now = now
+        self._retention_s = retention_s
         # Seconds since 1970: those of an earlier process are compared with them.
         offset = time.time() - time.monotonic()
         steady = steady or (lambda: offset + time.monotonic())
@@ -181,12 +194,12 @@ class JobStore:
         Return the stored jobs and True. If the tenant has used `idempotency_key` before, store nothing and return the
         earlier jobs and False.
 
-        `files_exist` is called for completed jobs inside the transaction, while `purge` cannot remove files. A job whose
-        files are missing is queued. At most `max_queued` jobs of all tenants may be queued, and at most `max_open` jobs of
-        this tenant queued or in progress. `budgets`: of their key.
+        `files_exist`: see `storable`. It is called inside the transaction, while files cannot be removed. At most `max_queued`
+        jobs of all tenants may be queued, and at most `max_open` jobs of this tenant queued or in progress. `budgets`: of
+        their key.
 
         Raises IdempotencyConflict if the earlier request had another `fingerprint` (digest of the request), QueueFull,
-        LimitReached and BudgetExceeded.
+        LimitReached, BudgetExceeded and InputMissing.
         """
         tenant = jobs[0].tenant
         with self._database.transaction() as transaction:
@@ -198,7 +211,7 @@ class JobStore:
                     # A key whose jobs have been deleted can be used again.
                     used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
                     transaction.connection.execute(delete(IDEMPOTENCY).where(*used))
-            new_jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
+            new_jobs = [storable(job, files_exist) for job in jobs]
             new = sum(not job.state.is_final for job in new_jobs)
             if new:
                 _check_limits(transaction.connection, tenant, new, max_queued, max_open)
@@ -226,6 +239,8 @@ class JobStore:
         kinds: Collection[JobKind] = tuple(JobKind),
         states: Collection[JobState] = tuple(JobState),
         words: Sequence[str] = (),
+        lines: ListedLines = "all",
+        batch: str | None = None,
         after: str | None = None,
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
@@ -233,13 +248,17 @@ class JobStore:
         """List a tenant's jobs in the order of their creation; `desc` starts with the newest.
 
         Lists only jobs whose prompt, style, character, seed (`seed:7`), UTC day (`date:2026-11-30`) and id contain all `words`,
-        in upper or lower case. The page starts after the job with id `after`, which may have been deleted meanwhile. Raises
-        UnknownJob if `after` is not a job of the tenant.
+        in upper or lower case. `lines`: which jobs of batches it lists. `batch`: list only the jobs of this one.
+        The page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is
+        not a job of the tenant.
         """
         matching = [JOBS.c.tenant == tenant, JOBS.c.deleted_at.is_(None), JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states)]
         # Digits and hex digits must begin a word: each id contains many of them.
         searched = (f" {word}" if HEX.fullmatch(word) else word for word in map(str.casefold, words))
         matching += [JOBS.c.search_text.contains(text, autoescape=True) for text in searched]
+        matching += LINE_CONDITIONS[lines]
+        if batch is not None:
+            matching += [JOBS.c.batch.is_not(None), JOBS.c.batch == batch]
         sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
         with self._database.read_connection() as connection:
             if after is not None:
@@ -258,6 +277,39 @@ class JobStore:
         named = or_(*(cast(JOBS.c.shot, Text).contains(file) for file in files))
         query = select(JOBS).where(JOBS.c.tenant == tenant, named).order_by(JOBS.c.seq)
         return [job_of(row) for row in self._database.rows(query)]
+
+    def erase(
+        self,
+        tenant: str,
+        characters: Collection[str],
+        photos: Collection[str],
+        jobs: Collection[str],
+        remove: Callable[[str], None],
+    ) -> Sequence[str] | None:
+        """Delete characters and the uploads of their photos. Return the ids of the deleted uploads.
+
+        `remove`: see `UploadRecords.delete`. Return `None`, and delete nothing, if other jobs than `jobs` use a photo, one of
+        them is open, or another character has a photo: all of these may have been created meanwhile.
+        """
+        return self._database.with_reserve(partial(self._erase, tenant, characters, photos, jobs, remove))
+
+    def _erase(
+        self,
+        tenant: str,
+        characters: Collection[str],
+        photos: Collection[str],
+        jobs: Collection[str],
+        remove: Callable[[str], None],
+    ) -> Sequence[str] | None:
+        with self._database.transaction():
+            used = self.with_files(tenant, [photo.removeprefix("file-") for photo in photos])
+            others = [each for each in self.characters.list(tenant) if not set(each.photos).isdisjoint(photos)]
+            is_known = {job.id for job in used} <= {*jobs} and {each.id for each in others} <= {*characters}
+            if not is_known or any(not job.state.is_final for job in used):
+                return None
+            for character in characters:
+                self.characters.delete(character, tenant)
+            return [photo for photo in photos if self.uploads.delete(photo, tenant, remove)]
 
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
         """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
@@ -315,6 +367,8 @@ class JobStore:
     def _purge(self, delete_files: Callable[[str], None], limit: int) -> int:
         with self._database.transaction() as transaction:
             now = self._now()
+            if self._retention_s is not None:
+                self.batches.delete_ended(now - self._retention_s)
             running = select(BATCHES.c.id).where(BATCHES.c.ended_at.is_(None))
             in_batch = and_(JOBS.c.batch.is_not(None), JOBS.c.batch.in_(running))
             expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at.is_not(None), JOBS.c.expires_at < now, not_(in_batch)]

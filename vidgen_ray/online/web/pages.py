@@ -32,11 +32,14 @@ from vidgen_ray.online.job_service import allowed_priorities
 from vidgen_ray.online.previews import encode_thumbnail, previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.store.batches import Batch
 from vidgen_ray.online.store.database import in_write_thread
 from vidgen_ray.online.store.jobs import FINAL, OPEN_STATES, Job, JobError, JobKind, JobState
-from vidgen_ray.online.store.store import UnknownJob
+from vidgen_ray.online.store.store import ListedLines, UnknownJob
 from vidgen_ray.online.uploads import small_form
+from vidgen_ray.online.web.batch_rows import BatchRow, completed_lines, recent_batches
 from vidgen_ray.online.web.form_controls import BASES, IDEAS, STYLES, clip_defaults, control_groups, size_choices
+from vidgen_ray.online.web.usage_view import USAGE_DAYS, budget_text, budget_views, usage_days
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import CLIP_FILES, IMAGE_FILE
 from vidgen_ray.report.shot_text import dimensions_text, length_text, settings_text
@@ -116,10 +119,17 @@ class PageContext:
             "version": job.version,
             "state": job.state.value,
             "percent": job.progress,
+            "has_begun": job.stage is not None,
             "preview": card.preview,
             "live": str(macros.live(card)) if card.active else None,
             "card": str(macros.card_item(card)) if with_card else None,
         }
+
+    def batch_update(self, row: BatchRow, base: str) -> dict[str, Any]:
+        """Return a batch as cards.js expects it: its progress and the HTML of its row."""
+        macros: Any = self._templates.get_template("batch.html").make_module({"base": base})
+        html = str(macros.batch_item(row))
+        return {"id": row.batch.id, "state": row.state, "percent": row.percent, "status": row.status, "html": html}
 
     def message(self, request: Request, status: int, heading: str, message: str) -> Response:
         """Respond with a page that shows a message."""
@@ -154,6 +164,8 @@ class GalleryPage:
 
     jobs: list[Job]
     search: str = ""
+    batch: Batch | None = None
+    """Batch whose lines it shows. Other pages show lines only if they are searched for."""
     favourites: bool = False
     """The jobs were named by their ids: they are the favourites that the browser keeps."""
     after: str | None = None
@@ -163,19 +175,36 @@ class GalleryPage:
     @property
     def is_live(self) -> bool:
         """Return whether new clips belong at the start of this page."""
-        return not (self.search or self.favourites or self.after)
+        return not (self.search or self.batch or self.favourites or self.after)
+
+    @property
+    def batch_created(self) -> datetime | None:
+        return None if self.batch is None else datetime.fromtimestamp(self.batch.created_at, UTC)
 
 
 def gallery_page(server: ServerContext, tenant: Tenant, query: QueryParams) -> GalleryPage | None:
-    """Return the page that the query asks for with `q`, `id` and `after`, or `None` if `after` is not a job of the tenant."""
+    """Return the page that the query asks for with `q`, `batch`, `id` and `after`.
+
+    `None` if `batch` or `after` is not one of the tenant.
+    """
     if "favourites" in query:
         return GalleryPage(jobs_with_ids(server, tenant, query.getlist("id")), favourites=True)
-    search, after = query.get("q", "").strip()[:MAX_SEARCH_LENGTH], query.get("after")
+    search, after, batch = query.get("q", "").strip()[:MAX_SEARCH_LENGTH], query.get("after"), None
+    if "batch" in query:
+        batch = server.store.batches.get(query["batch"], tenant.name)
+        if batch is None:
+            return None
+    # A cancelled line has nothing to show.
+    lines: ListedLines = "not cancelled" if search or batch else "none"
+    only = None if batch is None else batch.id
+    words = search.split()
     try:
-        page = server.store.list(tenant.name, states=FINAL, words=search.split(), after=after, limit=PAGE_LENGTH)
+        page = server.store.list(
+            tenant.name, states=FINAL, words=words, lines=lines, batch=only, after=after, limit=PAGE_LENGTH
+        )
     except UnknownJob:
         return None
-    return GalleryPage(page.jobs, search=search, after=after, older=page.jobs[-1].id if page.has_more else None)
+    return GalleryPage(page.jobs, search=search, batch=batch, after=after, older=page.jobs[-1].id if page.has_more else None)
 
 
 def jobs_with_ids(server: ServerContext, tenant: Tenant, ids: Sequence[str]) -> list[Job]:
@@ -195,7 +224,9 @@ def clip_routes(router: APIRouter, context: PageContext) -> None:
         cards = [context.card(job, base_path(request)) for job in page.jobs]
         return context.render(request, "gallery.html", gallery=page, cards=cards, ideas=())
 
-    async def download_selected(request: Request, tenant: Tenant) -> Response:
+    async def download(request: Request, tenant: Tenant) -> Response:
+        if "batch" in request.query_params:
+            return await download_batch(request, tenant)
         ids = request.query_params.getlist("id")
         archive = await asyncio.to_thread(lambda: _archive(context.server.outputs, jobs_with_ids(context.server, tenant, ids)))
         if not archive.num_queued():
@@ -203,20 +234,43 @@ def clip_routes(router: APIRouter, context: PageContext) -> None:
         headers = {"Content-Disposition": 'attachment; filename="clips.zip"', "Content-Length": str(len(archive))}
         return StreamingResponse(archive, media_type="application/zip", headers=_HEADERS | headers)
 
+    async def download_batch(request: Request, tenant: Tenant) -> Response:
+        batch = await asyncio.to_thread(context.server.store.batches.get, request.query_params["batch"], tenant.name)
+        if batch is None:
+            return context.message(request, 404, "Not found", "This batch does not exist.")
+        headers = {"Content-Disposition": f'attachment; filename="{batch.id}.zip"'}
+        lines = completed_lines(context.server.store, batch)
+        archive = _growing_archive(context.server.outputs, lines)
+        return StreamingResponse(archive, media_type="application/zip", headers=_HEADERS | headers)
+
     router.add_route("/clips", context.for_tenant(gallery), ["GET"])
-    router.add_route("/clips/download", context.for_tenant(download_selected), ["GET"])
+    router.add_route("/clips/download", context.for_tenant(download), ["GET"])
 
 
 def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
     """Return a ZIP of the delivered file of each completed job. It is read while it is sent, and never held in memory."""
     archive = ZipStream(sized=True)
     for job in jobs:
-        done = outputs.find_by_key(job.key) if job.state is JobState.COMPLETED else None
-        if done is None:
-            continue
-        name = CLIP_FILES.get(delivered_artefact_of(job), IMAGE_FILE)
-        archive.add(_blocks(outputs, f"{done.folder}/{name}"), file_name(job), size=done.files[name].bytes)
+        _add_to_archive(archive, outputs, job)
     return archive
+
+
+def _growing_archive(outputs: OutputFolder, jobs: Iterator[Job]) -> Iterator[bytes]:
+    """Yield the bytes of such a ZIP while the jobs are read. Its size is not known in advance."""
+    archive = ZipStream()
+    for job in jobs:
+        _add_to_archive(archive, outputs, job)
+        yield from archive.all_files()
+    yield from archive.finalize()
+
+
+def _add_to_archive(archive: ZipStream, outputs: OutputFolder, job: Job) -> None:
+    """Add the delivered file of a job, unless it is not completed or its files are deleted."""
+    done = outputs.find_by_key(job.key) if job.state is JobState.COMPLETED else None
+    if done is None:
+        return
+    name = CLIP_FILES.get(delivered_artefact_of(job), IMAGE_FILE)
+    archive.add(_blocks(outputs, f"{done.folder}/{name}"), file_name(job), size=done.files[name].bytes)
 
 
 def _blocks(outputs: OutputFolder, path: str) -> Iterator[bytes]:
@@ -299,11 +353,14 @@ async def _events(context: PageContext, request: Request, tenant: Tenant, cursor
     checked_at = time.monotonic()
     async with aclosing(context.server.job_feed.follow_tenant(tenant.name, cursor, SESSION_CHECK_S)) as feed:
         async for changes in feed:
+            # ListedLines of batches have no cards; the page then asks for the rows of the batches.
+            own = [job for job in changes.jobs if job.batch is None]
             if changes.jobs or changes.deleted:
                 # The whole card is sent only when the state changes.
-                jobs = [context.job_update(job, base, with_card=states.get(job.id) != job.state) for job in changes.jobs]
-                states |= {job.id: job.state for job in changes.jobs}
-                data = json.dumps({"jobs": jobs, "deleted": [job.id for job in changes.deleted]})
+                jobs = [context.job_update(job, base, with_card=states.get(job.id) != job.state) for job in own]
+                states |= {job.id: job.state for job in own}
+                deleted = [job.id for job in changes.deleted]
+                data = json.dumps({"jobs": jobs, "deleted": deleted, "has_lines": len(own) < len(changes.jobs)})
                 yield ServerSentEvent(data, event="changes", id=str(changes.cursor))
             if time.monotonic() - checked_at >= SESSION_CHECK_S:
                 checked_at = time.monotonic()
@@ -350,9 +407,26 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
     async def queue(request: Request, tenant: Tenant) -> Response:
         base, jobs = base_path(request), await asyncio.to_thread(_queue_of, server, tenant)
         updates = [context.job_update(job, base, with_card=False) for job in jobs]
-        estimates = [estimate_text(await server.queue_estimator.estimate(job)) for job in jobs]
-        content = [{**update, "estimate": estimate} for update, estimate in zip(updates, estimates, strict=True)]
-        return JSONResponse({"jobs": content}, headers=_HEADERS)
+        estimates = [estimate_text(job, await server.queue_estimator.estimate(job)) for job in jobs]
+        batches = await asyncio.to_thread(recent_batches, server, tenant.name, time.time())
+        content = {
+            "jobs": [{**update, "estimate": estimate} for update, estimate in zip(updates, estimates, strict=True)],
+            "batches": [context.batch_update(row, base) for row in batches],
+            "budget": budget_text(await asyncio.to_thread(budget_views, server, tenant)),
+        }
+        return JSONResponse(content, headers=_HEADERS)
+
+    async def usage(request: Request, tenant: Tenant) -> Response:
+        budgets = await asyncio.to_thread(budget_views, server, tenant)
+        days = await asyncio.to_thread(usage_days, server, tenant, datetime.now(UTC).date())
+        return context.render(
+            request,
+            "usage.html",
+            budgets=budgets,
+            days=days,
+            shown_days=USAGE_DAYS,
+            has_price=bool(server.settings.gpu_hour_price),
+        )
 
     async def events(request: Request, tenant: Tenant) -> Response:
         # First: a browser that reconnects all the time must not cost a query of the database.
@@ -366,6 +440,7 @@ def page_routes(router: APIRouter, context: PageContext) -> None:
     router.add_route("/inputs/{upload_id}", context.for_tenant(thumbnail), ["GET"])
     router.add_route("/inputs/{upload_id}/{control}", context.for_tenant(form_image), ["GET"])
     router.add_route("/queue", context.for_tenant(queue), ["GET"])
+    router.add_route("/usage", context.for_tenant(usage), ["GET"])
     router.add_route("/events", context.for_tenant(events), ["GET"])
 
 
@@ -385,6 +460,8 @@ def _render_page(context: PageContext, request: Request, tenant: Tenant) -> Resp
         profile=server.serving_profile.profile.name,
         # A job that ended between the two queries is in both lists.
         queue=[context.card(job, base) for job in _queue_of(server, tenant) if job.id not in ended],
+        batches=recent_batches(server, tenant.name, time.time()),
+        budget=budget_text(budget_views(server, tenant)),
         cards=[context.card(job, base) for job in gallery.jobs],
         gallery=gallery,
         ideas=IDEAS,
@@ -416,7 +493,7 @@ def _form_values(context: PageContext, tenant: Tenant) -> dict[str, Any]:
 
 
 def _queue_of(server: ServerContext, tenant: Tenant) -> list[Job]:
-    return server.store.list(tenant.name, states=OPEN_STATES, limit=QUEUE_LENGTH, order="asc").jobs
+    return server.store.list(tenant.name, states=OPEN_STATES, lines="none", limit=QUEUE_LENGTH, order="asc").jobs
 
 
 SAVING = "Save", "Saving"
@@ -496,14 +573,19 @@ def error_text(error: JobError) -> str:
     return f"{stage.label}: {text}" if stage else text
 
 
-def estimate_text(estimate: JobEstimate) -> str:
-    """Return the place in the queue and the time left, in words. Empty for a job that has ended."""
-    if estimate.eta_s is None:
+def estimate_text(job: Job, estimate: JobEstimate) -> str:
+    """Return the place in the queue and the time left, in words. Empty for jobs that have ended or wait for a worker."""
+    if estimate.eta_s is None or _waits_for_a_worker(job):
         return ""
     left = f"about {duration(max(1, round(estimate.eta_s)))} left"
     if estimate.queue_position is None:
         return left
     return f"Position {estimate.queue_position + 1}, {left}" if estimate.queue_position else f"Next in the queue, {left}"
+
+
+def _waits_for_a_worker(job: Job) -> bool:
+    """Return whether a job in progress has not begun its first stage. The estimate is that of its stages."""
+    return job.state is JobState.IN_PROGRESS and job.stage is None
 
 
 def _status(job: Job) -> str:
@@ -513,7 +595,7 @@ def _status(job: Job) -> str:
         queued = "Queued" if job.claims == 0 else "Queued again after an interruption"
         return queued if job.priority == "normal" else f"{queued}, {job.priority} priority"
     if job.stage is None:
-        return "Starting"
+        return "Waiting for a worker"
     stage = STAGE_BY_NAME.get(job.stage)
     activity = stage.activity if stage else SAVING[1]
     if not job.steps:

@@ -10,6 +10,9 @@ const CONTROLS = { consent: "consent.basis", face_image: "photo", height: "size"
 const form = byId("create");
 let uploads = [];
 let sent = {};
+/** The last request that was accepted, and when. */
+let accepted = {};
+const REPEAT_MS = 1000;
 
 // ---- request
 
@@ -53,11 +56,14 @@ async function create(button) {
     clearErrors();
     if (checkedIds("face_image").length && form.elements.save_as.value.trim()) await saveCharacter();
     const body = JSON.stringify(requestBody());
+    // A key that was pressed twice while the server was slow.
+    if (accepted.body === body && Date.now() - accepted.at < REPEAT_MS) return announce("Already accepted");
     // The same key until it succeeds: a request whose response was lost creates its jobs once.
     if (sent.body !== body) sent = { body, key: crypto.getRandomValues(new Uint32Array(4)).join("-") };
     const headers = { "Content-Type": "application/json", "Idempotency-Key": sent.key };
     const video = await request(`${base}/v1/videos`, { method: "POST", body, headers });
     sent = {};
+    accepted = { body, at: Date.now() };
     rememberSeed(video.seed);
     if (video.status === "completed") announce("Clip completed");
     else follow(video.id);
@@ -413,7 +419,7 @@ export function startForm() {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      form.requestSubmit();
+      if (!event.repeat) form.requestSubmit();
     }
   });
   form.addEventListener("input", () => { showDuration(); showFace(); });

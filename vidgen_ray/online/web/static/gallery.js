@@ -1,8 +1,8 @@
 // The gallery: search, pages, favourites, selection, clips that play under the pointer, full view and comparison.
 
-import { remove } from "./cards.js";
 import { browse, closable, element, fit, playClips, reducedMotion, start, togglePlayback } from "./clips.js";
-import { announce, base, byId, fetchHtml, isBusy, reasonOf, request, setBusy } from "./common.js";
+import { announce, base, byId, fetchHtml, isBusy, reasonOf, setBusy } from "./common.js";
+import { deleteCards, hidePending } from "./deletion.js";
 
 const content = byId("gallery-content");
 const search = byId("search");
@@ -20,6 +20,7 @@ async function load(query) {
     const html = await fetchHtml(`${base}/clips?${query}`);
     if (number !== loads) return false;
     content.replaceChildren(html);
+    hidePending();
     showFavourites();
     showSelection();
     return true;
@@ -91,23 +92,14 @@ new MutationObserver(showSelection).observe(content, { childList: true, subtree:
 
 function clearSelection() {
   for (const box of content.querySelectorAll(".pick:checked")) box.checked = false;
-  selection.querySelector("details").open = false;
   showSelection();
   byId("gallery-heading").focus({ preventScroll: true });
 }
 
-async function deleteSelected() {
-  const ids = selectedCards().map((card) => card.id);
-  try {
-    for (const id of ids) {
-      await request(`${base}/v1/videos/${id}`, { method: "DELETE" });
-      remove(id);
-    }
-    announce(`${ids.length} clips deleted`);
-    clearSelection();
-  } catch (error) {
-    announce(reasonOf(error));
-  }
+function deleteSelected() {
+  const cards = selectedCards();
+  for (const card of cards) card.querySelector(".pick").checked = false;
+  deleteCards(cards, `Deleted: ${cards.length === 1 ? cards[0].dataset.title : `${cards.length} clips`}`);
 }
 
 selection.addEventListener("submit", (event) => { if (isBusy(event.submitter)) event.preventDefault(); });
