@@ -43,6 +43,10 @@ _MODELS: Mapping[str, TrainedModel] = {
 }
 
 
+def _frames(number: int) -> str:
+    return "1 frame" if number == 1 else f"{number} frames"
+
+
 class SourceClip(NamedTuple):
     """A clip as it lies on the disk."""
 
@@ -52,7 +56,7 @@ class SourceClip(NamedTuple):
     height: int
 
     def __str__(self) -> str:
-        return f"{self.num_frames} frames at {self.fps:g} fps, {self.width}x{self.height}"
+        return f"{_frames(self.num_frames)} at {self.fps:g} fps, {self.width}x{self.height}"
 
 
 class Use(NamedTuple):
@@ -150,8 +154,12 @@ class Trainer:
     frame_rule: Callable[[int, float, TrainedModel], tuple[int, float]]
     rate: str
     """What it does with a frame rate that is not the model's."""
+    cache: str
+    """What to do before it is started after an update, since names of files do not tell its caches what has changed."""
     models: Mapping[str, TrainedModel]
     size_rule: Callable[[int, int, TrainedModel], tuple[int, int]] = bucket_size
+    is_globbing: bool = False
+    """It takes the path of its cache as a pattern, in which `[`, `*` and `?` have a meaning."""
 
 
 def _models(*names: str, **changes: int) -> dict[str, TrainedModel]:
@@ -163,19 +171,23 @@ TRAINERS: Mapping[str, Trainer] = {
         "tdrussell/diffusion-pipe 8f83dbf, 2026-08-20: utils/dataset.py, models/base.py, models/wan/wan.py",
         _repeats_or_skips,
         "repeats or skips frames",
+        "start it without --trust_cache",
         _MODELS,
     ),
     "musubi": Trainer(
         "kohya-ss/musubi-tuner 30c658c, 2026-06-24: dataset/image_video_dataset.py, media_utils.py, bucket.py",
         _skips,
         "skips frames, but repeats none",
+        "run both of its cache scripts again, without --keep_cache",
         _models("wan21-14b", "wan22-14b", "hunyuan"),
         _nearest_ratio,
+        is_globbing=True,
     ),
     "simpletuner": Trainer(
         "simpletuner 4.10.1, 2026-10: metadata/backends/discovery.py, multiaspect/image.py, models/*/model.py",
         _ignores_rate,
         "ignores frame rates",
+        "start it without preserve_data_backend_cache, skip_file_discovery and --ignore_missing_files",
         _models("wan21-14b", "wan22-14b", frame_step=8, side_step_px=32)
         | _models("wan22-5b", frame_step=8, side_step_px=64)
         | _models("hunyuan", "ltx-video", "ltx2", side_step_px=64),
@@ -185,12 +197,14 @@ TRAINERS: Mapping[str, Trainer] = {
         "finetrainers 0.2.0, 2025-04: data/dataset.py, functional/video.py",
         _spreads,
         "ignores frame rates and takes evenly spaced frames",
+        "start it without --precomputation_reuse",
         _models("wan21-14b", "hunyuan", "ltx-video"),
     ),
     "diffsynth": Trainer(
         "diffsynth 2.1.12, 2026-10: core/data/operators.py; examples/wanvideo and examples/ltx2: train.py",
         _diffsynth,
         "ignores frame rates",
+        "run sft:data_process again, into an empty folder, if you train in two stages",
         _models("wan21-14b", "wan22-14b", "wan22-5b", "ltx2"),
         _by_script,
     ),
@@ -211,7 +225,7 @@ class TrainerTarget(NamedTuple):
         width, height = self.trainer.size_rule(clip.width, clip.height, model)
         frames, least, problem = whole_frames(seen, model), model.frame_step + 1, None
         if frames < least:
-            problem = f"too short: {seen} frames at {model.fps} fps, at least {least} are needed"
+            problem = f"too short: {_frames(seen)} at {model.fps} fps, at least {least} are needed"
         elif not width or not height:
             problem = f"{clip.width}x{clip.height} has no size in multiples of {model.side_step_px} pixels"
         elif abs(speed - 1) > MAX_SPEED_ERROR:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from tests.dataset.conftest import make_folder, moving
@@ -174,7 +176,8 @@ def test_odd_texts_are_kept_on_one_line(tmp_path, server):
         (server.folder / "caption.txt").unlink()
     assert rows(outputs) == [("a boat", " ".join(ODD_TEXT.split()), MODEL, 0.0, "a boat", None)]
     assert main(["export", outputs.url, str(tmp_path / "set"), "--format", "captions", "--caption", "{caption}"]) == 0
-    assert (tmp_path / "set" / "train" / "clip-0.txt").read_text() == " ".join(ODD_TEXT.split())
+    (text_file,) = (tmp_path / "set" / "train").glob("clip-0-*.txt")
+    assert text_file.read_text() == " ".join(ODD_TEXT.split())
     assert ODD_TEXT[:3] in (tmp_path / "set" / "README.md").read_text()
 
 
@@ -294,6 +297,15 @@ def test_folder_of_the_demo_is_captioned_without_a_server(tmp_path, capsys):
     assert main(["export", outputs.url, str(dest), "--caption", "{caption}", "--where", "agrees < 1"]) == 0
     card = (dest / "README.md").read_text()
     assert "| demo captioner | 2 |" in card
+    commands = card.split("## Reproduce")[1].split("## ")[0]
+    assert re.search(r"vidgen render .*\nvidgen caption OUT\nvidgen export OUT DEST", commands), commands
+    # Of a new clip, as after `vidgen retry --rejected`, nothing was seen.
+    for path in (tmp_path / "out" / "scores").glob("caption@*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.slice(1), path)
+    capsys.readouterr()
+    assert main(["export", outputs.url, str(tmp_path / "all"), "--caption", "{caption}"]) == 1
+    assert f"1 clip has no caption yet; run: vidgen caption {outputs.url}, and" in capsys.readouterr().err
     assert "![agrees from" in card
 
 

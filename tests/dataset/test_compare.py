@@ -15,7 +15,7 @@ from tests.browser import browser_page
 from tests.dataset.conftest import digest_of, done_shot, make_folder, moving, write_scores
 from tests.test_gallery import problems
 from vidgen_ray.cli import main
-from vidgen_ray.dataset.compare import MAX_GROUPS, compare_clips, interval
+from vidgen_ray.dataset.compare import MAX_GROUPS, compare_clips, interval, tick_texts
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
@@ -224,6 +224,13 @@ def test_measures_are_ranked_by_their_difference_and_those_without_one_are_folde
     shown, folded = (tmp_path / "compare.html").read_text().split("Measures without a clear difference: 1")
     assert re.findall(r'<th scope="row">(\w+)', shown) == ["cuts", "luma", "likeness"]
     assert re.findall(r'<th scope="row">(\w+)', folded) == ["flicker"]
+
+
+def test_numbers_of_an_axis_differ() -> None:
+    for ticks in ([22_120, 22_140, 22_160], [0.00001234, 0.00001235], [1000.25, 1000.5], [22_000, 23_000]):
+        texts = [text for _, text in tick_texts(ticks, "file_bytes" if ticks[0] > 2000 else "motion")]
+        assert len(set(texts)) == len(ticks), texts
+    assert texts == ["22 kB", "23 kB"]
 
 
 def test_unknown_factors_and_levels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

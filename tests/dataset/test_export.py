@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -42,6 +42,8 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.reviews import Review
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.provenance.record import ProvenanceRecord, read_provenance
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.files import this_process
 from vidgen_ray.trainers import SourceClip
@@ -67,6 +69,10 @@ def work_inline(patch, *, with_card=False):
     patch.setattr(export, "_run_tasks", run_inline)
     patch.setattr(export, "connected", lambda *_, **__: nullcontext())
     patch.setattr(export, "own_context", nullcontext)
+
+
+FOLDERS = ("videofolder", "captions")
+"""Formats with a file for each clip."""
 
 
 def export_to(dest, out, **settings):
@@ -149,13 +155,16 @@ def read_lance(dest, cache):
 
 
 def read_captions(dest, cache):
-    ids = {f"{name}.mp4": name for name in (*IDS, "new")}
+    ids = (*IDS, "new")
     clips = sorted(dest.glob("*/*.mp4"))
     assert len(list(dest.glob("*/*.txt"))) == len(clips)
     found = {}
     for path in clips:
         caption = path.with_suffix(".txt").read_bytes().decode()
-        found.setdefault(path.parent.name, []).append({"id": ids[path.name], "caption": caption, "content": path.read_bytes()})
+        id_, _, digits = path.stem.rpartition("-")
+        assert id_ in ids
+        assert re.fullmatch("[0-9a-f]{8}", digits)
+        found.setdefault(path.parent.name, []).append({"id": id_, "caption": caption, "content": path.read_bytes()})
     return found
 
 
@@ -251,6 +260,14 @@ def export_and_update(form, six_clips, tmp_path):
     report = export_to(dest, out, **settings)
     assert report.up_to_date
     assert content_of(dest) == before
+    # Somebody has deleted a file of the data set. Shards get another name.
+    if form != "lance":
+        deleted = next(
+            path for path in sorted(dest.glob("train*/**/*") if form in FOLDERS else dest.glob("train-*")) if path.is_file()
+        )
+        deleted.unlink()
+        assert not export_to(dest, out, **settings).up_to_date
+        assert check(captions, "deleted") == splits
 
     # One clip has other frames, one is rejected, one is new. The others stay as they are.
     reject(out, "a_b")
@@ -370,6 +387,10 @@ def test_settings_that_do_not_fit_are_refused(six_clips, tmp_path, capsys):
     assert list(other.iterdir()) == [other / "notes"]
     assert main(["export", str(six_clips), str(dest), "--resize", "64x63"]) == 2
     assert "--resize: got '64x63', must be WIDTHxHEIGHT in even numbers of pixels" in capsys.readouterr().err
+    export_to(tmp_path / "named", six_clips, caption="{character}: {metadata.scene}")
+    printed = capsys.readouterr().err
+    assert "--caption: {character} is empty for 5 clips, such as -c\n" in printed
+    assert "metadata.scene" not in printed
 
 
 @pytest.mark.usefixtures("inline")
@@ -460,11 +481,12 @@ def test_shards_have_deterministic_bytes_and_only_those_with_changes_are_written
     assert {name: after[name] for name in (names[0], names[2])} == {name: first[name] for name in (names[0], names[2])}
 
 
-def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=(), places=None):
+def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=(), places=None, **settings):
     """Return id -> split of rows (id, prompt, character). `places`: those of earlier calls, which this call updates."""
     with duckdb.connect() as database:
         columns = "id VARCHAR, prompt VARCHAR, character VARCHAR, face_image VARCHAR[], script VARCHAR DEFAULT 's'"
-        database.execute(f"CREATE TABLE clips ({columns}, continue_from VARCHAR)")
+        more = "metadata JSON, line BIGINT, line_prompt VARCHAR AS (prompt)"
+        database.execute(f"CREATE TABLE clips ({columns}, continue_from VARCHAR, {more})")
         database.execute("CREATE TABLE done (id VARCHAR, split VARCHAR)")
         database.executemany("INSERT INTO clips (id, prompt, character) VALUES (?, ?, ?)", rows)
         for id_, before in dict(chain).items():
@@ -473,7 +495,7 @@ def split_of(rows, splits=HALVES, by=("prompt", "character"), done=None, chain=(
             database.execute("INSERT INTO done VALUES (?, ?)", item)
         database.execute("CREATE TABLE chosen AS SELECT id FROM clips WHERE prompt <> 'not chosen'")
         known = {} if places is None else places
-        known |= assign_splits(database, splits, by, known)
+        known |= assign_splits(database, splits, by, known, **settings)
         return dict(database.execute("SELECT id, split FROM splits").fetchall())
 
 
@@ -544,6 +566,24 @@ def test_removed_clips_keep_their_split_in_a_set_that_was_large():
         assert split_of(others, places=dict(places)) == {id_: before[id_] for id_, *_ in others}
 
 
+def test_each_person_has_clips_in_the_training_split():
+    """If groups are of a prompt each, the few prompts of a person can all be drawn for validation."""
+    persons = [("ada", 60), *((f"person {number}", 2) for number in range(20))]
+    rows = [(f"{name} {number}", f"{name} {number}", name) for name, prompts in persons for number in range(prompts)]
+
+    def trained(found):
+        return {name for name, _ in persons if "train" in {found[id_] for id_, _, person in rows if person == name}}
+
+    splits, places = {"val": 0.3, "train": 0.7}, {}
+    assert len(trained(split_of(rows, splits, by=("prompt",)))) < len(persons)
+    found = split_of(rows, splits, by=("prompt",), train_all=True, places=places)
+    assert len(trained(found)) == len(persons)
+    assert 20 < Counter(found.values())["val"] < 40
+    # The next call knows who was moved.
+    again = split_of(rows[::-1], splits, by=("prompt",), train_all=True, places=places, done=dict([*found.items()][::2]))
+    assert again == found
+
+
 def test_splits_that_cannot_hold_are_refused(capsys):
     rows = [(f"a{number}", f"p{number}", "Ada") for number in range(9)] + [("b", "p", "Bo")]
     assert sorted(Counter(split_of(rows).values()).values()) == [1, 9]
@@ -560,6 +600,41 @@ def test_splits_that_cannot_hold_are_refused(capsys):
     for text, match in (("train=0.9", "add up to 0.9"), ("a=1,a=1", "got 'a=1'"), ("a/b=1", "a/b=1"), ("a=x", "got 'a=x'")):
         with pytest.raises(UsageError, match=match):
             parse_splits(text)
+
+
+def test_clips_of_one_prompt_are_in_one_split_whoever_they_show(tmp_path, capsys, monkeypatch):
+    """Forty prompts of two persons with triggers, half of them with the name of the person in the prompt, half with choices."""
+    work_inline(monkeypatch, with_card=True)
+    people = "characters: {ada: {trigger: adax}, bob: {trigger: bobx, description: a man}}\nshots:\n"
+    texts = [f"a walk {number} {{by day|by night}}" if number % 2 else f"{{}} at {number}" for number in range(40)]
+    lines = [{"prompt": text.replace("{}", f"{{{name}}}"), "character": name} for text in texts for name in ("ada", "bob")]
+    script = tmp_path / "script.yaml"
+    script.write_text(people + "".join(f"  - {json.dumps(line)}\n" for line in lines))
+    shots = read_script(ScriptSettings(script, defaults={"generate_video": False})).shots
+    assert len({shot.prompt for shot in shots}) == 120
+    picture = texture(64, 64)
+
+    def splits_of(name, metadata):
+        fields = [{**shot.model_dump(exclude_defaults=True), "metadata": metadata(shot)} for shot in shots]
+        out, dest = make_folder(tmp_path / name, [(each, picture) for each in fields]), tmp_path / f"set of {name}"
+        export_to(dest, out.url, splits={"train": 0.8, "val": 0.2}, split_by=("prompt",))
+        rows = duckdb.sql(f"SELECT id, split, line_prompt FROM '{dest}/.vidgen/rows.parquet'").fetchall()
+        found = defaultdict(set)
+        for id_, split, _ in rows:
+            found[re.sub("{ada}|{bob}", "{}", prompts[id_])].add(split)
+        return found
+
+    prompts = {shot.id: shot.metadata["line_prompt"] for shot in shots}
+    assert {re.sub("{ada}|{bob}", "{}", text) for text in prompts.values()} == {*texts}
+    found = splits_of("recorded", lambda shot: shot.metadata)
+    assert {len(splits) for splits in found.values()} == {1}
+    assert "without the prompt of the line" not in capsys.readouterr().err
+    card = (tmp_path / "set of recorded/README.md").read_text()
+    assert "120 images" in card
+    assert "of 40 prompts and 2 persons" in card
+    # Folders of earlier versions have the rendered prompts only.
+    splits_of("old", lambda shot: {name: value for name, value in shot.metadata.items() if name != "line_prompt"})
+    assert "120 clips without the prompt of the line" in capsys.readouterr().err
 
 
 def test_clips_are_encoded_again_as_asked_with_their_marks(tmp_path):

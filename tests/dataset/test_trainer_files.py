@@ -77,6 +77,12 @@ def configured(target, dest, split):
     return {each["data_root"]: each["video_resolution_buckets"][0][0] for each in config["datasets"]}
 
 
+def configuration_of(dest):
+    """Return name -> text of the files with paths."""
+    files = {path.name: path for path in dest.iterdir() if path.suffix in (".toml", ".json", ".args")}
+    return {name: path.read_text() for name, path in files.items() if name != "croissant.json"}
+
+
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_clip_is_in_a_configured_group_or_dropped_with_the_reason(target, shapes, tmp_path):
@@ -99,9 +105,13 @@ def test_each_clip_is_in_a_configured_group_or_dropped_with_the_reason(target, s
     before = content_of(dest)
     assert export_to(dest, shapes, trainer=target, **SETTINGS).up_to_date
     assert content_of(dest) == before
-    dest = dest.rename(tmp_path / "moved")
-    export_to(dest, shapes, trainer=target, **SETTINGS)
+    # A machine for training has neither the output folder nor this package.
+    dest = dest.rename(tmp_path / "moved, it's ö")
+    subprocess.run([sys.executable, "-I", dest / "set_paths.py"], check=True)
+    moved = configuration_of(dest)
     assert all(folder.startswith(f"{dest}/") for folder in configured(target, dest, "train"))
+    export_to(dest, shapes, trainer=target, **SETTINGS)
+    assert configuration_of(dest) == moved
     # What was dropped or cut is encoded again in the same data set.
     report = export_to(dest, shapes, trainer=target, fit=True, **SETTINGS)
     assert report.counts["dropped"] == 0
@@ -139,6 +149,29 @@ def test_next_call_completes_a_killed_export_and_damaged_clips_are_dropped(shape
 
 
 @pytest.mark.usefixtures("inline")
+def test_clips_and_captions_that_change_get_other_names(tmp_path):
+    """Trainers find what they have cached of a clip by its name."""
+    out, dest = tmp_path / "out", tmp_path / "dest"
+    clips = {id_: ({"id": id_, "fps": 16}, moving(9, size=(64, 64), seed=seed)) for seed, id_ in enumerate("abcd")}
+    make_folder(out, clips.values())
+    settings = {"trainer": "simpletuner:wan21-14b", "format": "captions", "fit": True}
+    assert export_to(dest, out, **settings).cache is None
+    before = {id_: clip["file"] for id_, clip in used_clips(dest).items()}
+    retried, said = (
+        ({"id": "a", "seed": 5, "fps": 16}, moving(9, size=(64, 64), seed=9)),
+        ({**clips["b"][0], "prompt": "b"}, clips["b"][1]),
+    )
+    make_folder(out, [retried, said, ({**clips["c"][0], "metadata": {"x": 1}}, clips["c"][1]), ({"id": "d"}, None)])
+    report = export_to(dest, out, **settings)
+    assert (report.counts["changed"], report.counts["removed"]) == (3, 1)
+    assert report.cache.startswith("start it without preserve_data_backend_cache")
+    after = {id_: clip["file"] for id_, clip in used_clips(dest).items()}
+    assert {id_: after[id_] == before[id_] for id_ in after} == {"a": False, "b": False, "c": True}
+    assert {str(path.relative_to(dest).with_suffix(".mp4")) for path in dest.glob("train/*/*")} == {*after.values()}
+    assert export_to(dest, out, **settings).cache is None
+
+
+@pytest.mark.usefixtures("inline")
 def test_dropped_clips_are_lines_of_the_summary_and_wrong_options_are_refused(shapes, tmp_path, capsys):
     command = ["export", str(shapes), str(tmp_path / "dest")]
     assert main([*command, "--for", "musubi:hunyuan"]) == 1
@@ -146,6 +179,14 @@ def test_dropped_clips_are_lines_of_the_summary_and_wrong_options_are_refused(sh
     assert "svd.0: left out: would be trained at 4.8 times its speed: the trainer skips frames, but repeats none" in printed.err
     assert "2 clips of 120 frames at 24 fps, 128x64: cut: the first 117 of 120 frames\n" in printed.out
     assert "6 dropped)" in printed.out
+    assert "add --fit to encode these clips again" in printed.err
+    only_dropped = ["--for", "musubi:hunyuan", "--split", "train=0.8,val=0.2", "--where", "id LIKE 'svd%'"]
+    assert main(["export", str(shapes), str(tmp_path / "none"), *only_dropped]) == 1
+    printed = capsys.readouterr()
+    assert "2 clips of 25 frames at 5 fps, 128x64: dropped: would be trained at 4.8 times its speed" in printed.out
+    assert "add --fit" in printed.err
+    assert main(["export", str(shapes), str(tmp_path / "none"), *only_dropped, "--fit"]) == 0
+    assert "train 1, val 1 (2 added)" in capsys.readouterr().out
     assert main([*command, "--for", "musubi:hunyuan", "--fit", "--where", "id LIKE 's%'"]) == 0
     state = json.loads((tmp_path / "dest/.vidgen/export.json").read_text())
     capsys.readouterr()
@@ -160,6 +201,12 @@ def test_dropped_clips_are_lines_of_the_summary_and_wrong_options_are_refused(sh
     ):
         assert main([*command, *options]) == 2
         assert message in capsys.readouterr().err
+    pattern = str(tmp_path / "set [v1]")
+    assert main(["export", str(shapes), pattern, "--for", "musubi:hunyuan", "--fit"]) == 2
+    assert (
+        f"DEST: got {pattern}, must have none of [ * ? in its path, which musubi takes as a pattern" in capsys.readouterr().err
+    )
+    assert not Path(pattern).exists()
 
 
 @pytest.fixture(scope="module")

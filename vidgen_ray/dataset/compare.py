@@ -29,7 +29,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vidgen_ray.dataset.lineage import changes, flat_settings
-from vidgen_ray.dataset.tables import IN_SCRIPT_ORDER, NUMBERS, columns_of, open_tables, quoted, unscored
+from vidgen_ray.dataset.tables import (
+    HAS_NO_LINE_PROMPT,
+    IN_SCRIPT_ORDER,
+    NUMBERS,
+    SAME_PROMPT,
+    columns_of,
+    open_tables,
+    quoted,
+    unscored,
+)
 from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import SETTINGS
 from vidgen_ray.outputs.storage import Storage
@@ -74,8 +83,8 @@ class Clips(NamedTuple):
 
     rows: list[dict[str, Any]]
     """`id`, `folder` (number), `line` (script and number), `file` (clip, or image of a shot without video), `image`, `prompt`,
-    `seed`, `factors` (name -> value as JSON), `settings` (name -> value), and `unit`: the prompt. If the prompts of a line
-    differ by a factor, the unit is the line, or the prompt of its matrix."""
+    `seed`, `factors` (name -> value as JSON), `settings` (name -> value), and `unit`: the prompt of the line. If the
+    prompts of a line differ by a factor and that of the line is not recorded, the unit is the line."""
     measures: list[str]
     values: Array
     """(clips, measures), NaN for null."""
@@ -135,12 +144,12 @@ def _load(storages: Sequence[Storage]) -> Clips:
     """Return the clips of the folders. Those of one folder have settings only if they have no factors."""
     one = len(storages) == 1
     settings = ", ".join(f"'{name}', {name}" for name in SETTING_COLUMNS)
-    unit = "coalesce(prompt, '')"
+    unit = f"coalesce({SAME_PROMPT}, '')"
     # The same line has the same prompt in the scripts of two folders, which may have different names.
     if one:
         differ = "own <> '{}' AND min(prompt) OVER of_line <> max(prompt) OVER of_line"
         of_line = f"CASE WHEN {differ} THEN script || ', line ' || line END"
-        unit = f"coalesce(metadata->>'$.{MATRIX}.prompt', {of_line}, prompt, '')"
+        unit = f"coalesce(CASE WHEN {HAS_NO_LINE_PROMPT} THEN {of_line} END, {unit})"
     tables, texts = [], list[str]()
     for number, storage in enumerate(storages):
         with open_tables(storage) as database:
@@ -451,8 +460,14 @@ def write_page(result: Mapping[str, Any], storages: Sequence[Storage], target: S
         return link(folder, row.get("thumbnail", image))
 
     environment = Environment(loader=PackageLoader("vidgen_ray.dataset", "."), autoescape=True, trim_blocks=True)
-    environment.filters |= {"label": label, "number": number_text, "pairs": _pairs_text, "measured": _measured}
-    environment.globals["axis"] = axis
+    environment.filters |= {
+        "label": label,
+        "number": number_text,
+        "pairs": _pairs_text,
+        "measured": _measured,
+        "counted": count,
+    }
+    environment.globals |= {"axis": axis, "tick_texts": tick_texts}
     look = files("vidgen_ray.report")
     style, script = (Markup(look.joinpath(name).read_text(encoding="utf-8")) for name in LOOK)  # own files
     page = environment.get_template(PAGE).render(
@@ -477,23 +492,27 @@ def _pairs_text(estimate: Mapping[str, Any]) -> str:
     return few or count(estimate["pairs"], "pair")
 
 
-def number_text(value: float | None, measure: str, signed: bool = False) -> str:
-    """Return the value of a measure, or a difference with its sign."""
+def number_text(value: float | None, measure: str, signed: bool = False, digits: int = 3) -> str:
+    """Return the value of a measure, or a difference with its sign. `digits`: significant ones of it."""
     if value is None:
         return "–"
     amount = abs(value)
     if measure == "file_bytes":
-        text = size(amount)
+        text = size(amount, digits)
     elif measure == "accepted":
         text = f"{amount:.0%}"
     else:
-        text = f"{amount:,.0f}" if amount >= 1000 else f"{amount:.3g}"
+        text = f"{amount:,.0f}" if amount >= 10**digits else f"{amount:.{digits}g}"
     return ("−" if value < 0 else "+" if signed and value > 0 else "") + text
 
 
 def _measured(factor: Mapping[str, Any], *measures: str) -> list[Mapping[str, Any]]:
     """Return the levels that have values of these measures."""
     return [level for level in factor["levels"] if all(level["measures"][name]["mean"] is not None for name in measures)]
+
+
+MAX_TICK_DIGITS = 9
+"""Significant digits below which the numbers of an axis stay."""
 
 
 class Axis(NamedTuple):
@@ -514,3 +533,12 @@ def axis(levels: Iterable[Mapping[str, Any]], measure: str, begin: float, end: f
     step = max((step * power for step in (1, 2, 5) if step * power <= (high - low) / 2), default=power)
     ticks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
     return Axis(lambda value: begin + (value - low) / (high - low) * (end - begin), ticks[:: math.ceil(len(ticks) / 3)])
+
+
+def tick_texts(ticks: Sequence[float], measure: str) -> list[tuple[float, str]]:
+    """Return the values of an axis with their texts, which have as many digits as it takes to tell them apart."""
+    for digits in range(3, MAX_TICK_DIGITS):
+        texts = [number_text(tick, measure, digits=digits) for tick in ticks]
+        if len(set(texts)) == len(texts):
+            break
+    return list(zip(ticks, texts, strict=True))

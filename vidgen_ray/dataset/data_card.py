@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from string import Formatter
 from typing import Any
 from urllib.parse import quote
 
@@ -30,7 +31,18 @@ from markupsafe import Markup
 from PIL import Image as PILImage
 
 from vidgen_ray.dataset.scorers import WEIGHTS
-from vidgen_ray.dataset.tables import CAPTION, DIGEST, MEMORY_LIMIT, NUMBERS, OWN_COLUMNS, REVIEWS_SCHEMA, columns_of, quoted
+from vidgen_ray.dataset.tables import (
+    CAPTION,
+    DIGEST,
+    MEMORY_LIMIT,
+    NUMBERS,
+    OWN_COLUMNS,
+    REVIEWS_SCHEMA,
+    SAME_PROMPT,
+    builtin_scores,
+    columns_of,
+    quoted,
+)
 from vidgen_ray.errors import MediaError
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.media.decode import open_foreign_video
@@ -48,6 +60,8 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.quantities import count, duration, size
 
+DEMO_CAPTIONER = "demo captioner"
+"""Model of captions that needs no server."""
 ROWS, STATE = ".vidgen/rows.parquet", ".vidgen/export.json"
 FOLDER, GRID = "card", "card/samples.webp"
 SAMPLES, GRID_COLUMNS, TILE_WIDTH_PX, _GAP_PX = 12, 4, 240, 4
@@ -127,7 +141,7 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
     (totals,) = _dicts(database, TOTALS)
     splits = sorted(_dicts(database, SPLITS), key=lambda row: [*state["splits"]].index(row["Split"]))
     names = _person_names(database)
-    used = _used_weights(database, source)
+    used, captioned = _used_weights(database, source), _captioned(database, source)
     meanings = _meanings(source)
     known = {*SCHEMA.names, *REVIEWS_SCHEMA.names, *OWN_COLUMNS} - {*LIKENESS_COLUMNS}
     drawn = [
@@ -149,8 +163,8 @@ def _files(database: duckdb.DuckDBPyConnection, state: Mapping[str, Any], source
         "models": used,
         "licences": sorted({each.licence or "unknown" for each in used} or {name or "unknown" for name in totals["licences"]}),
         "meanings": meanings,
-        "captioned": _captioned(database, source),
-        **_reproduction(totals, state, source),
+        "captioned": captioned,
+        **_reproduction(totals, state, source, captioned),
         **_tables(database, names),
     }
     return {
@@ -166,10 +180,10 @@ def _dicts(database: duckdb.DuckDBPyConnection, sql: str) -> list[dict[str, Any]
     return rows
 
 
-TOTALS = """
+TOTALS = f"""
 SELECT
     count(*) AS clips, sum(exported_duration_s) AS seconds, sum(exported_bytes)::BIGINT AS bytes,
-    count(DISTINCT person) AS persons, count(DISTINCT prompt) AS prompts,
+    count(DISTINCT person) AS persons, count(DISTINCT {SAME_PROMPT}) AS prompts,
     count(*) FILTER (start_image IS NOT NULL OR continue_from IS NOT NULL) AS from_images, sum(gpu_seconds) / 3600 AS gpu_hours,
     coalesce(list_sort(list(DISTINCT script)), []) AS scripts,
     coalesce(list_sort(list_distinct(flatten(list(licences)))), []) AS licences, max(ended_at) AS ended_at,
@@ -177,7 +191,7 @@ SELECT
 FROM clips"""
 COUNTED = 'count(*) AS "Clips", sum(exported_duration_s) AS "Length", sum(exported_bytes)::BIGINT AS "Size"'
 SPLITS = f"""
-SELECT split AS "Split", {COUNTED}, nullif(count(DISTINCT person), 0) AS "Persons", count(DISTINCT prompt) AS "Prompts"
+SELECT split AS "Split", {COUNTED}, nullif(count(DISTINCT person), 0) AS "Persons", count(DISTINCT {SAME_PROMPT}) AS "Prompts"
 FROM clips GROUP BY split"""
 
 
@@ -230,8 +244,13 @@ def _used_weights(database: duckdb.DuckDBPyConnection, source: Storage) -> list[
     return [used[name] for name in sorted(used)]
 
 
-def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: Storage) -> dict[str, Any]:
-    """Return the settings of the render and the export, and their command lines without the places of the folders."""
+def _reproduction(
+    totals: Mapping[str, Any], state: Mapping[str, Any], source: Storage, captioned: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return the settings of the render and the export, and their command lines without the places of the folders.
+
+    `captioned`: models of captions.
+    """
     run, scripts = (json.loads(source.read(name) or b"{}") for name in ("run.json", SCRIPTS))
     profile = run.get("profile", {}).get("name")
     versions = sorted((run.get("software", {}) | state["versions"]).items())
@@ -252,8 +271,23 @@ def _reproduction(totals: Mapping[str, Any], state: Mapping[str, Any], source: S
         [*_without_folders(scripts.get(name, {}).get("command") or ["vidgen", "render", name, *of_script]), "--out", "OUT"]
         for name in digests
     ]
-    commands = "\n".join(map(shlex.join, [*renders, [*words[:2], "OUT", "DEST", *words[4:]]]))
+    commands = "\n".join(map(shlex.join, [*renders, *_measuring(state, captioned), [*words[:2], "OUT", "DEST", *words[4:]]]))
     return {"settings": [{"Setting": name, "Value": value} for name, value in settings.items() if value], "commands": commands}
+
+
+def _measuring(state: Mapping[str, Any], captioned: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the commands that give the scores and captions which the export selects by, or writes."""
+    names = {name for _, name, *_ in Formatter().parse(state["caption"]) if name}
+    for sql in (state["where"], state["best"]):
+        names.update(re.findall(r"\w+", (sql or "").lower()))
+    scorers = {scorer for column, scorer in builtin_scores().items() if column in names}
+    commands: list[list[str]] = [["vidgen", "score", "OUT"]] if scorers - {CAPTION} else []
+    if CAPTION in scorers:
+        most = max(captioned, key=lambda row: row["Clips"], default={"Model": DEMO_CAPTIONER})
+        of_server = [] if most["Model"] == DEMO_CAPTIONER else ["--server", "URL", "--model", str(most["Model"])]
+        template = ["--template", "FILE"] if most.get("Template") else []
+        commands.append(["vidgen", "caption", "OUT", *of_server, *template])
+    return commands
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from vidgen_ray.cli.commands import ModelOptions, interruptible, note, with_opti
 from vidgen_ray.cli.file_options import DETAILS_PANEL, JsonOption, check_out
 from vidgen_ray.cli.options import AddressOption, MaxCostOption, OutArgument, WhereOption, check_target, local_path
 from vidgen_ray.cli.run_script import ProfileOfLastRunOption, options_of_last_run, profile_of_run
-from vidgen_ray.dataset.export_rows import ExportSettings, parse_splits
+from vidgen_ray.dataset.export_rows import NOT_CAPTIONED, ExportSettings, parse_splits
 from vidgen_ray.dataset.tables import open_tables, run_query, write_parquet
 from vidgen_ray.errors import UsageError, VidgenError, allowed_of
 from vidgen_ray.licences import Requirement
@@ -36,8 +37,8 @@ from vidgen_ray.system.quantities import count, duration
 if TYPE_CHECKING:
     from vidgen_ray.dataset.export import ExportReport
 
-MAIN_MEASURES = ("accepted", "seconds", "cost")
-"""Measures that `compare` prints besides likeness and motion."""
+MAIN_MEASURES = ("accepted", "cost")
+"""Measures that `compare` prints besides likeness and motion. Seconds also depend on what else the machine did."""
 SHOWN_MEASURES = 5
 """Other measures that it names."""
 SHOWN_ROWS = 100
@@ -316,7 +317,8 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            help="Keep clips of one prompt, character or source (script) together. Repeatable. Default: prompt,character.",
+            help="Keep clips of one prompt, character or source (script) together. Repeatable. "
+            "Default: prompt,character, with --for prompt.",
         ),
     ] = None,
     address: AddressOption = None,
@@ -326,7 +328,7 @@ def export(
 
     The same call later adds new clips and removes those that are gone or rejected. On the same disk, files are linked.
     Rows have each person's consent as recorded: name, basis, and reference, such as the path of a form.
-    Exits with code 1 if files of clips cannot be read, or the trainer of --for would drop clips.
+    Exits with code 1 if files of clips cannot be read, clips have no {caption} yet, or the trainer of --for would drop clips.
     """
     from vidgen_ray.dataset.export import export_folder
 
@@ -353,12 +355,16 @@ def export(
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
-        _print_export(report)
-    if report.counts["failed"] or report.counts.get("dropped"):
+        _print_export(report, is_fitted=settings.fit)
+    uncaptioned = sum(row["reason"].endswith(NOT_CAPTIONED) for row in report.missing)
+    if uncaptioned:
+        new = f"{count(uncaptioned, 'clip')} {'has' if uncaptioned == 1 else 'have'} no caption yet"
+        note(f"{new}; run: vidgen caption {shlex.quote(out)}, and the same command again")
+    if report.counts["failed"] or report.counts.get("dropped") or uncaptioned:
         raise typer.Exit(1)
 
 
-def _print_export(report: ExportReport) -> None:
+def _print_export(report: ExportReport, *, is_fitted: bool) -> None:
     for text, rows in (("removed", report.removed), ("refused by --cleared", report.refused), ("left out", report.missing)):
         for row in rows[:SHOWN_REASONS]:
             note(f"{row['id']}: {text}: {row['reason']}")
@@ -368,5 +374,9 @@ def _print_export(report: ExportReport) -> None:
         typer.echo(f"{count(group['clips'], 'clip')} of {group['each']}: {group['what']}")
     sizes = ", ".join(f"{name} {clips:,}" for name, clips in report.splits.items())
     counts = ", ".join(f"{number:,} {name}" for name, number in report.counts.items() if number)
+    if report.counts.get("dropped") and not is_fitted:
+        note("add --fit to encode these clips again, so that the trainer uses them")
+    if report.cache:
+        note(f"the trainer may have cached clips of an earlier export: {report.cache}")
     state = "is up to date" if report.up_to_date else f"written in {duration(report.seconds)}"
     typer.echo(f"{report.dest}: {state}: {sizes} ({counts})")

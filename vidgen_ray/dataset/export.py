@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from glob import has_magic
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -30,6 +32,7 @@ from pyarrow import compute
 from rich.progress import Progress
 
 from vidgen_ray.batch.line_planner import MAX_TASKS, on_this_node, own_context
+from vidgen_ray.cli.commands import note
 from vidgen_ray.dataset.data_card import ROWS, STATE, write_card
 from vidgen_ray.dataset.export_formats import (
     PROPERTIES,
@@ -40,7 +43,15 @@ from vidgen_ray.dataset.export_formats import (
     delete_from_lance,
     write_block,
 )
-from vidgen_ray.dataset.export_rows import FINISHED, REJECTED_ROWS, ExportSettings, assign_splits, choose, load_rows, row_count
+from vidgen_ray.dataset.export_rows import (
+    FINISHED,
+    REJECTED_ROWS,
+    ExportSettings,
+    assign_splits,
+    choose,
+    load_rows,
+    row_count,
+)
 from vidgen_ray.dataset.tables import columns_of, open_tables, quoted, write_parquet
 from vidgen_ray.dataset.trainer_files import apply_rules, groups_in_words, write_trainer_files
 from vidgen_ray.engine.ray_cluster import connected
@@ -49,6 +60,8 @@ from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.manifest import opened
 from vidgen_ray.outputs.storage import REQUESTS_AT_ONCE, Storage, is_disk_full, storage_at
 from vidgen_ray.system.console import Console
+from vidgen_ray.system.quantities import count
+from vidgen_ray.trainers import parse_target
 
 PENDING = ".vidgen/pending.json"
 CHECKPOINT_S = 60.0
@@ -87,6 +100,8 @@ class ExportReport:
     """Selected shots without a file, with one that cannot be read or encoded, or that the trainer would drop."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     """For a trainer: number, shape and use of each group of equal clips."""
+    cache: str | None = None
+    """What to do before the trainer is started again, if it may have cached clips of an earlier call."""
     seconds: float = 0
 
 
@@ -103,6 +118,11 @@ def export_folder(out: str, dest: str, settings: ExportSettings, address: str | 
     if (settings.format == "lance" or settings.trainer) and target.local is None:
         option = "--for" if settings.trainer else "--format lance"
         raise UsageError(f"{option}: DEST must be a folder on a disk; copy it to the object store afterwards")
+    if settings.trainer and parse_target(settings.trainer).trainer.is_globbing:
+        folder = str(Path(str(target.local)).resolve())
+        if has_magic(folder):
+            trainer = settings.trainer.partition(":")[0]
+            raise UsageError(f"DEST: got {folder}, must have none of [ * ? in its path, which {trainer} takes as a pattern")
     try:
         with lease(target, f"export-{secrets.token_hex(3)}") as held, open_tables(source) as database:
             report = _Export(source, target, settings, database, held, address, _read_state(target)).run()
@@ -151,14 +171,16 @@ class _Export:
         settings, stored = self._settings, self._state or {}
         self._load_done()
         kind = choose(self._db, settings, settings.files or stored.get("files"))
-        self._settings = settings = settings.model_copy(update={"files": kind})
+        by = settings.split_by or stored.get("split_by") or settings.default_split_by
+        self._settings = settings = settings.model_copy(update={"files": kind, "split_by": tuple(by)})
         self._ending = SHARD_ENDING.get(settings.format)
         self._key = "id" if settings.format == "lance" else "file"
         self._check_settings()
         load_rows(self._db, kind, settings.caption, in_shards=self._ending is not None)
         if settings.trainer:
             apply_rules(self._db, settings.trainer, fit=settings.fit)
-        places = assign_splits(self._db, settings.splits, settings.split_by, stored.get("places"))
+        train_all = settings.trainer is not None and "character" not in by
+        places = assign_splits(self._db, settings.splits, by, stored.get("places"), train_all=train_all)
         was_killed = self._clean_up()
         self._plan_shards() if self._ending else self._plan_files()
         described = settings.model_dump(mode="json") | {
@@ -183,7 +205,22 @@ class _Export:
             with opened(self._dest, ROWS) as file:
                 self._db.register("stored", pyarrow.parquet.read_table(file, columns=[*_DONE]))
             self._db.execute("INSERT INTO done BY NAME SELECT * FROM stored")
+        self._forget_lost_files()
         self._db.execute("CREATE TABLE before AS SELECT id, signature FROM done")
+
+    def _forget_lost_files(self) -> None:
+        """Remove rows whose file somebody has deleted, so that it is written again. Prints how many files are gone."""
+        if self._settings.format == "lance":
+            return
+        files = [file for (file,) in self._db.execute("SELECT DISTINCT file FROM done ORDER BY file").fetchall()]
+        folders = {file.rpartition("/")[0] for file in files}
+        found = {f"{folder}/{name}".lstrip("/") for folder in folders for name in self._dest.files(folder)}
+        has_captions = self._settings.format == "captions"
+        lost = [file for file in files if file not in found or (has_captions and caption_file(file) not in found)]
+        if lost:
+            note(f"{count(len(lost), 'file')} of {self._dest.url} cannot be found, such as {lost[0]}; written again")
+            self._db.register("lost", pyarrow.table({"file": lost}))
+            self._db.execute("DELETE FROM done WHERE file IN (SELECT file FROM lost)")
 
     def _reasons(self, sql: str) -> list[dict[str, str]]:
         return [{"id": id_, "reason": reason} for id_, reason in self._db.execute(f"{sql} ORDER BY id").fetchall()]
@@ -191,7 +228,7 @@ class _Export:
     def _check_settings(self) -> None:
         """Raise UsageError if the settings do not mix with those of the data set in `dest`, or nothing is chosen."""
         given, state, dest = self._settings, self._state, self._dest.url
-        if given.trainer and given.files == "image":
+        if given.trainer and given.files == "image" and row_count(self._db, "chosen"):
             raise UsageError("--for: the selected shots have images, must be clips; --format captions exports images")
         if state is not None:
             if state["source"] != self._source.url:
@@ -232,7 +269,10 @@ class _Export:
     def _plan_files(self) -> None:
         """Create the tables `todo` of rows to write, and `stale` of clips that must go first."""
         is_lance = self._settings.format == "lance"
-        name = ".lance'" if is_lance else "/', _group, id, regexp_extract(_source, '[.][a-z0-9]+$')"
+        # Trainers know the clips of their caches by name, so that of another clip or caption must be another one.
+        content = "'-', left(sha256(concat_ws(' ', _content, new.caption, _encoded::VARCHAR)), 8), "
+        content = content if self._settings.format == "captions" else ""
+        name = ".lance'" if is_lance else f"/', _group, id, {content}regexp_extract(_source, '[.][a-z0-9]+$')"
         # Of `videofolder`, the metadata has the rows.
         same = "content = _content" if self._settings.format == "videofolder" else "signature = _signature"
         self._db.execute(
@@ -428,6 +468,8 @@ class _Export:
         stored = self._state or {}
         is_changed = any(report.counts[name] for name in ("added", "changed", "removed"))
         report.up_to_date = is_same and not is_changed and stored.get("missing") == report.missing
+        if self._settings.trainer and is_changed and row_count(self._db, "before"):
+            report.cache = parse_target(self._settings.trainer).trainer.cache
         if not report.up_to_date:
             self._save()
             state = {

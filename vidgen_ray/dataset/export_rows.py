@@ -21,11 +21,22 @@ from pydantic import Field, field_validator
 
 from vidgen_ray.cli.commands import note
 from vidgen_ray.cli.options import FOR_HELP
-from vidgen_ray.dataset.tables import CAPTION, IN_SCRIPT_ORDER, columns_of, quoted, run_query, selection, without_score
+from vidgen_ray.dataset.tables import (
+    CAPTION,
+    HAS_NO_LINE_PROMPT,
+    IN_SCRIPT_ORDER,
+    SAME_PROMPT,
+    columns_of,
+    quoted,
+    run_query,
+    selection,
+    without_score,
+)
 from vidgen_ray.errors import FrozenModel, UsageError, shortened_value
 from vidgen_ray.licences import ALLOWED, Requirement
 from vidgen_ray.outputs.manifest import SCHEMA
 from vidgen_ray.safety import DECLARED_BASES
+from vidgen_ray.system.quantities import count
 
 Format = Literal["videofolder", "webdataset", "parquet", "lance", "captions"]
 _Kind = Literal["image", "video", "hd", "clip"]
@@ -37,7 +48,7 @@ REJECTED_ROWS = f"{FINISHED} AND verdict = 'reject'"
 CHOSEN_CLIPS = "clips SEMI JOIN chosen USING (id)"
 INTERNAL = re.compile(
     r"run|team|submission_id|status|last_run|cut_tokens|lora_loads|failure_.*|ended_at|committed_at|consent|clip|clip_sha256"
-    r"|(image|video|hd_video)(_sha256|_bytes)?|hd_width|hd_height|crop_.*|siblings|person|face_.*|start_image|last_image|pose"
+    r"|(image|video|hd_video)(_sha256|_bytes)?|hd_width|hd_height|crop_.*|siblings|person|line_prompt|face_.*|start_image|last_image|pose"
     r"|note|who|reviewed_at"
 )
 """Columns of `clips` that a data set does not have: internal ones, files of this machine, and what reviewers wrote."""
@@ -46,7 +57,9 @@ _OWN_COLUMNS = ("split", "file_name", "video", "image")
 """Columns of data sets beside those of `new`. Scores of the same name get another one."""
 # Keys are named so that the key of a shot sorts last: a group keeps its smallest key when shots are added.
 _KEYS: dict[SplitKey, str] = {
-    "prompt": f"SELECT id, 'prompt ' || prompt AS key FROM {CHOSEN_CLIPS} WHERE prompt IS NOT NULL",
+    "prompt": f"""SELECT id, 'prompt ' || {SAME_PROMPT} AS key FROM {CHOSEN_CLIPS} WHERE prompt IS NOT NULL
+        UNION ALL SELECT id, concat('line ', line, ' of ', script) AS key FROM {CHOSEN_CLIPS}
+        WHERE {HAS_NO_LINE_PROMPT} AND line IS NOT NULL""",
     "character": f"""SELECT id, 'character ' || character AS key FROM {CHOSEN_CLIPS} WHERE character IS NOT NULL
         UNION ALL SELECT id, 'photo ' || unnest(face_image) AS key FROM {CHOSEN_CLIPS}""",
     "source": f"SELECT id, 'script ' || script AS key FROM {CHOSEN_CLIPS}",
@@ -58,6 +71,10 @@ FEW_GROUPS, MAX_DIVISIONS = 30, 100_000
 """Groups below which a set is divided as near to the shares as possible, and divisions of groups that are compared for it."""
 RECORDED_GROUPS = 10_000
 """Groups below which all splits are recorded, since the set may become one of few groups."""
+
+
+NOT_CAPTIONED = "vidgen caption has not seen it"
+"""End of the reason of a clip that is left out because it was rendered after the captions were made."""
 
 
 class ExportSettings(FrozenModel):
@@ -72,7 +89,8 @@ class ExportSettings(FrozenModel):
     """`clip`: the upscaled clip of a shot, otherwise its clip. `None`: `clip`, or `image` if no shot has a clip."""
     splits: dict[str, float] = Field(default_factory=lambda: {"train": 1.0})
     """Name -> share of the clips, in order."""
-    split_by: tuple[SplitKey, ...] = ("prompt", "character")
+    split_by: tuple[SplitKey, ...] | None = None
+    """`None`: as in the data set, or `default_split_by` for a new one."""
     resize: str | None = Field(None, description="Encode again, cropped around the centre, or with this shorter side.")
     trainer: str | None = Field(
         None, description=f"Clips, captions and configuration for a trainer, and used.json: what it does with each. {FOR_HELP}."
@@ -98,13 +116,18 @@ class ExportSettings(FrozenModel):
             raise ValueError("must be WIDTHxHEIGHT in even numbers of pixels, or those of the shorter side")
         return value
 
+    @property
+    def default_split_by(self) -> tuple[SplitKey, ...]:
+        """A trainer shall see each person, so that only prompts are kept together."""
+        return ("prompt",) if self.trainer else ("prompt", "character")
+
     def options(self) -> list[str]:
         """Return the options of the command for settings other than the defaults."""
         values = self.model_dump(exclude_defaults=True, exclude={"files", "fit"})
         if "splits" in values:
             values["split"] = ",".join(f"{name}={share:g}" for name, share in values.pop("splits").items())
-        if "split_by" in values:
-            values["split_by"] = ",".join(values["split_by"])
+        if (by := values.pop("split_by", self.default_split_by)) != self.default_split_by:
+            values["split_by"] = ",".join(by)
         if "trainer" in values:
             values = {"for": values.pop("trainer")} | {name: value for name, value in values.items() if name != "format"}
         flags = [*([] if self.files in (None, "clip") else [f"--{self.files}"]), *(["--fit"] if self.fit else [])]
@@ -149,7 +172,7 @@ def choose(database: duckdb.DuckDBPyConnection, settings: ExportSettings, kind: 
     path = f"coalesce({', '.join(KINDS[kind])}, NULL)"
     database.execute(f"CREATE TABLE missing AS SELECT id, 'has no {kind}' AS reason FROM {CHOSEN_CLIPS} WHERE {path} IS NULL")
     if f"{{{CAPTION}}}" in settings.caption and CAPTION in columns_of(database, "clips"):
-        reason = "concat('has no caption: ', coalesce(caption_error, 'vidgen caption has not seen it'))"
+        reason = f"concat('has no caption: ', coalesce(caption_error, '{NOT_CAPTIONED}'))"
         database.execute(
             f"INSERT INTO missing SELECT id, {reason} FROM {CHOSEN_CLIPS} WHERE {path} IS NOT NULL AND caption IS NULL"
         )
@@ -224,17 +247,28 @@ def _flat(name: str, type_: str) -> str:
 
 
 def _caption(database: duckdb.DuckDBPyConnection, template: str) -> str:
-    """Return the SQL of captions."""
+    """Return the SQL of captions. Prints how many chosen clips have no value of a name in it."""
+    parts = _caption_parts(database, template)
+    for name, value in parts:
+        empty = f"{CHOSEN_CLIPS} WHERE coalesce(trim({value}), '') = ''"
+        if name and (number := row_count(database, empty)):
+            ((example,),) = database.execute(f"SELECT min(id) FROM {empty}").fetchall()
+            note(f"--caption: {{{name}}} is empty for {count(number, 'clip')}, such as {example}")
+    return f"concat('', {', '.join(value for _, value in parts)})" if parts else "''"
+
+
+def _caption_parts(database: duckdb.DuckDBPyConnection, template: str) -> list[tuple[str | None, str]]:
+    """Return the parts of a caption: the name of the column or of the metadata, or `None` for text, and its SQL."""
     columns = columns_of(database, "clips")
     found = f"SELECT DISTINCT unnest(json_keys(metadata)) AS key FROM {CHOSEN_CLIPS} ORDER BY key"
     keys = [f"metadata.{key}" for (key,) in database.execute(found).fetchall()]
-    parts = ["''"]
+    parts: list[tuple[str | None, str]] = []
     try:
         fields = list(Formatter().parse(template))
     except ValueError as error:
         raise UsageError(f"--caption: got {template!r}: {error}; braces that are text are written twice") from None
     for text, name, form, conversion in fields:
-        parts.append(_text(text))
+        parts.append((None, _text(text)))
         if name is None:
             continue
         # `metadata.a.b` is `b` of `a`.
@@ -245,8 +279,8 @@ def _caption(database: duckdb.DuckDBPyConnection, template: str) -> str:
         value = f"{quoted(name)}::VARCHAR"
         if name not in columns:
             value = f"json_extract_string(metadata, {_text('$' + ''.join(f'.{quoted(part)}' for part in path[1:]))})"
-        parts.append(value)
-    return f"concat({', '.join(parts)})"
+        parts.append((name, value))
+    return parts
 
 
 class Group(NamedTuple):
@@ -267,6 +301,8 @@ def assign_splits(
     splits: Mapping[str, float],
     by: Sequence[SplitKey],
     known: Mapping[str, str] | None = None,
+    *,
+    train_all: bool = False,
 ) -> dict[str, str]:
     """Create the table `splits` with the split of each id in `chosen`.
 
@@ -275,11 +311,17 @@ def assign_splits(
     A group keeps its split: that of its exported clips (table `done`), or the one in `known`, which an earlier call returned.
     That of another group follows from the hash of its smallest key, so that it does not depend on the other clips. Few groups
     are divided as near to the shares as whole groups allow, as are many if their hashes miss the shares.
+    `train_all`: give the largest split clips of each person.
     Raises UsageError if clips connect groups of several splits, or there are fewer groups than splits.
     """
-    if len(splits) == 1:
+    if len(splits) == 1 or not row_count(database, "chosen"):
         database.execute(f"CREATE TABLE splits AS SELECT id, '{next(iter(splits))}' AS split FROM chosen")
-        return {}
+        return dict(known or {})
+    if "prompt" in by and (unknown := row_count(database, f"{CHOSEN_CLIPS} WHERE {HAS_NO_LINE_PROMPT}")):
+        note(
+            f"{count(unknown, 'clip')} without the prompt of the line, so prompts with triggers and descriptions are compared; "
+            "render the script again, which only records them, and export to another folder"
+        )
     groups = _groups(database, by)
     if connected := next((group for group in groups if len(group.splits) > 1), None):
         raise _connected(database, connected, by)
@@ -291,6 +333,8 @@ def assign_splits(
     is_first, chosen = not kept, hashed | kept
     if are_few or (is_first and _missed(groups, chosen, splits)):
         chosen = _nearest(groups, hashed, kept, splits)
+    if train_all:
+        chosen |= _moved_to_training(database, groups, chosen, kept, splits)
     if is_first:
         _check_shares(groups, chosen, splits, by)
     table = pyarrow.table({"number": [*chosen], "split": pyarrow.array(chosen.values(), pyarrow.string())})
@@ -299,6 +343,31 @@ def assign_splits(
     by_number = {group.number: str(group.place) for group in groups}
     are_recorded = len(groups) < RECORDED_GROUPS
     return known | {by_number[each]: split for each, split in chosen.items() if are_recorded or split != hashed[each]}
+
+
+def _moved_to_training(
+    database: duckdb.DuckDBPyConnection,
+    groups: Sequence[Group],
+    chosen: Mapping[int, str],
+    kept: Mapping[int, str],
+    splits: Mapping[str, float],
+) -> dict[int, str]:
+    """Return number -> largest split, of the largest group of each person who has no clip in that split.
+
+    Prints who stays without one, since all clips of that person are in `kept`.
+    """
+    training = max(splits, key=lambda name: splits[name])
+    sizes = {group.number: (group.clips, group.place) for group in groups}
+    moved = dict[int, str]()
+    persons = f"SELECT key, list(DISTINCT number) FROM ({_KEYS['character']}) JOIN members USING (id) GROUP BY key ORDER BY key"
+    for person, numbers in database.execute(persons).fetchall():
+        if any(moved.get(number, chosen[number]) == training for number in numbers):
+            continue
+        if free := [number for number in numbers if number not in kept]:
+            moved[max(free, key=lambda number: sizes[number])] = training
+        else:
+            note(f"{training} has no clip of {shortened_value(person)}; export to another folder to divide all clips again")
+    return moved
 
 
 def _nearest(
@@ -383,7 +452,7 @@ def _check_shares(
         text = (
             f"--split {name}={splits[name]:g}: {{}} {size:,} of {total:,} clips. Clips of the same "
             f"{' or '.join(by)}, or of a continued chain, are never divided; the largest such group, with "
-            f"{shortened_value(largest.key)}, has {largest.clips:,} clips. Try "
+            f"{shortened_value(largest.key)}, has {count(largest.clips, 'clip')}. Try "
             f"{', '.join(f'--split-by {key}' for key in others)}, or other shares"
         )
         if not size:

@@ -24,7 +24,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import FILE_COLUMNS, SCHEMA, check_has_manifest, manifest_batches, opened, score_files
 from vidgen_ray.outputs.reviews import read_reviews
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.script.expansion import CHOSEN, MATRIX_NUMBER
+from vidgen_ray.script.expansion import CHOSEN, LINE_PROMPT, MATRIX_NUMBER, STYLE
 from vidgen_ray.shot import MATRIX
 from vidgen_ray.system.quantities import count
 
@@ -37,7 +37,7 @@ CAPTION = "caption"
 _TABLES = ("clips", "manifest", "scores", "reviews")
 NUMBERS = re.compile("DOUBLE|FLOAT|BOOLEAN|U?(BIG|SMALL|TINY)?INT(EGER)?")
 """DuckDB's types of scores that are compared and have a histogram."""
-OWN_COLUMNS = ("clip", DIGEST, "character", "person", "factors", "siblings")
+OWN_COLUMNS = ("clip", DIGEST, "character", "person", LINE_PROMPT, "factors", "siblings")
 """Columns of `clips` that no other table has."""
 REVIEWS_SCHEMA = pyarrow.schema(
     [
@@ -58,6 +58,7 @@ SELECT
     {DIGEST_OF_ROW} AS {DIGEST},
     m.metadata->>'character' AS character,
     coalesce(m.metadata->>'character', nullif(array_to_string(m.face_image, '+'), '')) AS person,
+    coalesce(m.metadata->>'{LINE_PROMPT}', m.metadata->>'$.{MATRIX}.prompt', m.prompt) AS {LINE_PROMPT},
     json_merge_patch(coalesce(m.metadata->'{MATRIX}', '{{}}'), '{{"seed": null}}', coalesce(m.metadata->'{CHOSEN}', '{{}}'))
         AS factors,
     concat_ws(':', m.script, coalesce(m.line::VARCHAR, m.id), factors) AS siblings,
@@ -67,6 +68,11 @@ FROM manifest m
 LEFT JOIN scores s ON s.{DIGEST} = {DIGEST_OF_ROW}
 LEFT JOIN reviews r ON r.{DIGEST} = {DIGEST_OF_ROW}
 """
+SAME_PROMPT = rf"regexp_replace({LINE_PROMPT}, '\{{[^{{}}|]+\}}', '{{}}', 'g')"
+"""SQL of a text that clips of one prompt share, whoever they show: characters that the prompt names are `{{}}`."""
+HAS_NO_LINE_PROMPT = f"""metadata->>'{LINE_PROMPT}' IS NULL AND metadata->>'$.{MATRIX}.prompt' IS NULL
+    AND coalesce(metadata->>'character', metadata->>'{STYLE}', metadata->>'{CHOSEN}') IS NOT NULL"""
+"""SQL: the clip was rendered before prompts of lines were recorded, and its own may differ from that of the line."""
 IN_SCRIPT_ORDER = f"ORDER BY script, line, (metadata->>'{MATRIX_NUMBER}')::BIGINT, id"
 """Order of the rows of `clips`."""
 
@@ -76,7 +82,8 @@ def open_tables(storage: Storage) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a connection with the tables of an output folder.
 
     `clips` has every row of `manifest`, with its scores and its review, and the columns `clip` (path of the file that is scored
-    and reviewed), `clip_sha256`, `character`, `person` (the character, otherwise the face photos), `factors` (the values of the
+    and reviewed), `clip_sha256`, `character`, `person` (the character, otherwise the face photos), `line_prompt` (the prompt
+    without trigger, description, style and choices), `factors` (the values of the
     `matrix` of its line without the seed, and its choices, as JSON) and `siblings` (the same text for the shots of a line that
     differ only in their seed).
     Raises SetupError if the folder has no manifest.
@@ -189,13 +196,13 @@ def _sql_errors(database: duckdb.DuckDBPyConnection) -> Iterator[None]:
 
 def without_score(database: duckdb.DuckDBPyConnection, name: str) -> str | None:
     """Return a text about a built-in score that no clip has, with the command that gives it. `None` for another name."""
-    scorer = _builtin_scores().get(name)
+    scorer = builtin_scores().get(name)
     if scorer is None or name in columns_of(database, "scores"):
         return None
     return f"no clip has {name} yet; run: {_score_command(database, scorer)}"
 
 
-def _builtin_scores() -> dict[str, str]:
+def builtin_scores() -> dict[str, str]:
     """Return column -> scorer."""
     from vidgen_ray.dataset.captions import COLUMNS
     from vidgen_ray.dataset.measurements import SCORERS
@@ -210,9 +217,7 @@ def _score_command(database: duckdb.DuckDBPyConnection, *scorers: str) -> str:
     ((folder,),) = database.execute("SELECT getvariable('folder')").fetchall()
     if CAPTION in scorers:
         return f"vidgen caption {shlex.quote(folder)}"
-    own = (
-        "" if {*_builtin_scores().values()}.issuperset(scorers) else ", with its --scorer if it is not of an installed package"
-    )
+    own = "" if {*builtin_scores().values()}.issuperset(scorers) else ", with its --scorer if it is not of an installed package"
     return f"vidgen score {shlex.quote(folder)}{own}"
 
 

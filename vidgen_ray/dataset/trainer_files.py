@@ -6,6 +6,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from vidgen_ray.dataset.export_rows import ENCODED
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.trainers import SourceClip, TrainerTarget, fit_cost, parse_target, use_text
 
+SET_PATHS = "set_paths.py"
+"""Script in an export that sets the paths of the configuration after the folder was moved. It needs only Python."""
 SHAPE = ", ".join(SourceClip._fields)
 USES = f"""CREATE TABLE uses (num_frames BIGINT, fps DOUBLE, width BIGINT, height BIGINT, problem TEXT, what TEXT,
     _encoded {ENCODED}, _group TEXT, status TEXT, frames BIGINT, of_frames BIGINT, to_s DOUBLE, bucket BIGINT[])"""
@@ -66,9 +69,15 @@ def write_trainer_files(database: duckdb.DuckDBPyConnection, dest: Storage, trai
     entries = [{name: value for name, value in row.items() if name not in hidden} for row in rows]
     missing = database.execute("SELECT id, reason FROM missing ORDER BY id").fetchall()
     entries += [{"id": id_, "status": "dropped", "reason": reason} for id_, reason in missing]
-    about = {"for": trainer, "rule": target.trainer.source, "counts": Counter(each["status"] for each in entries)}
+    about = {
+        "for": trainer,
+        "rule": target.trainer.source,
+        "folder": str(root),
+        "counts": Counter(each["status"] for each in entries),
+    }
     lines = ",\n".join(json.dumps(each, ensure_ascii=False) for each in entries)
-    dest.write("used.json", f'{json.dumps(about)[:-1]}, "clips": [\n{lines}\n]}}\n')
+    dest.write(SET_PATHS, resources.files("vidgen_ray.dataset").joinpath(SET_PATHS).read_bytes())
+    dest.write("used.json", f'{json.dumps(about, ensure_ascii=False)[:-1]}, "clips": [\n{lines}\n]}}\n')
 
 
 def _toml(table: str, entries: Iterable[Mapping[str, Any]]) -> str:
@@ -121,13 +130,13 @@ def _configuration(
             for folder, width, height, frames, _ in each
         ]
         texts = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True}
-        return {".json": json.dumps([*backends, {**texts, "cache_dir": f"{root}/cache/text"}], indent=1)}
+        return {".json": json.dumps([*backends, {**texts, "cache_dir": f"{root}/cache/text"}], indent=1, ensure_ascii=False)}
     if trainer == "finetrainers":
         datasets = [
             {"data_root": folder, "dataset_type": "video", "video_resolution_buckets": [[frames, height, width]]}
             for folder, width, height, frames, _ in each
         ]
-        return {".json": json.dumps({"datasets": datasets}, indent=1)}
+        return {".json": json.dumps({"datasets": datasets}, indent=1, ensure_ascii=False)}
     options = {
         "dataset_base_path": shlex.quote(str(root)),
         "dataset_metadata_path": shlex.quote(f"{root}/{split}.jsonl"),
