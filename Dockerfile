@@ -28,7 +28,8 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=vidgen_ray.online:middlewares \
     PYTHONUNBUFFERED=1
 
-USER vidgen
+# A number: Kubernetes cannot tell whether a name is root.
+USER 1000
 WORKDIR /data
 VOLUME ["/data", "/weights"]
 EXPOSE 8000

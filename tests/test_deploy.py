@@ -18,7 +18,6 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import ValidationError
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -27,7 +26,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from vidgen_ray.batch.run_options import GRACE_S
 from vidgen_ray.cli.app import app
-from vidgen_ray.errors import ProfileError
+from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.online.application import build
 from vidgen_ray.online.server_plan import API
 from vidgen_ray.online.server_settings import OnlineSettings
@@ -224,8 +223,8 @@ def test_targets_of_copies_and_mounts_exist_before_they_are_used():
     copied = re.findall(r"^kubectl cp \S+ ([\w-]+):(/\w+)/", page, re.MULTILINE)
     mounts = [mount["mountPath"] for mount in FILES["spec"]["containers"][0]["volumeMounts"]]
     assert copied == [(FILES["metadata"]["name"], folder) for folder in mounts]
-    for folder in re.findall(r"-v \$PWD/(\w+):", page):
-        assert re.search(rf"^mkdir {folder}\b", page[: page.index(f"$PWD/{folder}:")], re.MULTILINE), (
+    for folder in re.findall(r"-v \"\$PWD/(\w+)\":", page):
+        assert re.search(rf"^mkdir {folder}\b", page[: page.index(f'$PWD/{folder}":')], re.MULTILINE), (
             f"docker makes {folder} root's"
         )
     for volume in re.findall(r"-v vidgen-weights:(\S+)", page):
@@ -411,7 +410,7 @@ def test_serve_validates_the_args():
     with pytest.raises(ValueError, match="max_queue_s: needs gpus"):
         OnlineSettings(max_queue_s=60)
     call = call_user_app_builder_with_args_if_necessary
-    with pytest.raises(ValidationError, match="max_queue"):
+    with pytest.raises(SetupError, match="max_queue"):
         call(build, {"profile": "tiny", "max_queue": 7})
     with pytest.raises(ProfileError, match="must be one of auto, demo"):
         call(build, {"profile": "nope", "gpus": "1x80GB"})
