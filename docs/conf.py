@@ -1,5 +1,8 @@
 """Documentation site, built by Sphinx from the Markdown files of this folder and the docstrings: `make docs-site`."""
 
+# Import before Sphinx documents a model: Sphinx then writes annotations from pydantic's source into `BaseModel`, and pydantic
+# refuses to define a model with extra fields, as the client's are.
+import vidgen_client as vidgen_client
 from vidgen_ray.version import __version__
 
 project = "vidgen-ray"

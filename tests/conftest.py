@@ -4,8 +4,11 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +16,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+# Workers, and the process that they are forked from, may start slowly. See `LOCAL_SETTINGS` in engine/ray_cluster.py.
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  # Ray's spelling
+os.environ["RAY_worker_register_timeout_seconds"] = "300"  # noqa: SIM112
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
-os.environ["HOME"] = tempfile.mkdtemp(prefix="vidgen-test-home-")
+HOME = os.environ["HOME"] = tempfile.mkdtemp(prefix="vidgen-test-home-")
 # Built weights depend only on their recipe, so test runs of a checkout can share them.
 os.environ.setdefault("VIDGEN_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "vidgen"))
 
@@ -32,7 +38,7 @@ from vidgen_ray.system.cache_dir import cache_dir
 
 # The disk of the machine that runs the tests may be almost full.
 cache_writer.KEPT_FREE_BYTES = 0
-atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
@@ -114,7 +120,9 @@ class LocalRay:
             return
         # Tests of stages also run on machines without Ray.
         from vidgen_ray.engine.ray_cluster import init_local_ray
+        from vidgen_ray.online import ENVIRONMENT
 
+        os.environ.update(ENVIRONMENT)
         ray_workers.start()
         with ray_workers.gpus_of_80_gb(2):
             init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False, object_store_memory=512 << 20)
@@ -137,6 +145,44 @@ def pytest_runtest_setup(item):
 
 def pytest_sessionfinish():
     LocalRay.stop()
+
+
+LEFT_S = 60
+"""Seconds in which the processes of tests may end after the last one."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left():
+    """Fail at the end if processes that tests have started are left, which this process will not end. End them."""
+    yield
+    LocalRay.stop()
+    deadline = time.monotonic() + LEFT_S
+    while (left := orphans()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left, "tests have left these processes"
+
+
+def orphans():
+    """Return the id and command of each running process with the home of these tests that does not descend from this one."""
+    parents, found = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            parents[int(folder.name)] = int(parent)
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if state not in "ZX" and f"HOME={HOME}".encode() in variables:
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return {pid: command for pid, command in found.items() if os.getpid() not in ancestors(pid, parents)}
+
+
+def ancestors(pid, parents):
+    """Yield a process and those that it descends from. `parents`: process -> the one that has started it."""
+    while pid:
+        yield pid
+        pid = parents.get(pid)
 
 
 @pytest.fixture(scope="module")

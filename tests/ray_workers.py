@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
@@ -299,14 +300,16 @@ def ask_for_worker():
 
 
 def stand_in_for_an_agent():
-    """Write the ports that Ray waits for. Nothing listens on them."""
+    """Write the ports that Ray waits for, on which nothing listens, and wait until the node ends, perhaps by SIGKILL."""
+    node = os.getppid()
     given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[2:] if "=" in word)
     for name in AGENT_PORTS:
         path = Path(given["session-dir"], f"{name}_{given['node-id']}")
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text("1")
         part.rename(path)
-    signal.pause()
+    while os.getppid() == node:
+        time.sleep(1)
 
 
 if __name__ == "__main__":

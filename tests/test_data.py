@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 64)).save(photo)
-    rows = [{"id": f"s{n}", "caption": f"shot {n}", "extra": n, "fps": 6} for n in range(7)]
+    rows = [{"id": f"s{n}", "caption": f"shot {n}", "extra": n, "fps": 6, "photo": None if n else str(photo)} for n in range(7)]
     rows[3]["caption"] = "raise"
     rows[5]["fps"] = 0
     rows[6]["caption"] = " "
@@ -39,7 +39,7 @@ def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
             "id": row["id"],
             "prompt": row["caption"],
             "fps": row["fps"],
-            "image": None if row["extra"] else str(photo),
+            "image": row["photo"],
             "extra": row["extra"],
         },
         keep_columns=True,

@@ -7,6 +7,8 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,57 @@ def test_starts_of_the_readme(start, tmp_path, monkeypatch, capsys):
     assert {"A CPU": ["shot", "validate"], "One GPU": ["plan"], "A cluster": ["plan", "slurm"]}[start] == run
     if start == "A CPU":
         assert list(Path("out/first/shots").glob("*/*/hd.mp4"))
+
+
+TYPED_PAGES = ("README.md", "docs/library.md", "docs/ray-data.md", "docs/safety.md", "docs/client.md")
+"""Pages with code for the packages of this project."""
+MODELS = """
+from typing import Any
+from vidgen_ray import Shot, read_manifest
+from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.profile import ActorProfile, ProvenanceSettings
+from vidgen_ray.safety import Consent, SafetyChecker
+from vidgen_ray.shot import LoraRef, VideoLora
+
+consent = Consent(subject="a", basis="self")
+shot = Shot(prompt="x", width=64, lora=(LoraRef(path="a"), VideoLora(path="b", weight=0.5)), consent=consent)
+ProvenanceSettings(metadata="private"), ProvenanceSettings(), ActorProfile(), RenderOptions(cluster=parse_gpus("6x80GB"))
+"""
+MYPY = """
+[mypy]
+strict = True
+plugins =
+mypy_path = {root}:{root}/clients/python
+follow_imports = silent
+disable_error_code = import-untyped
+[mypy-ray.*,torch.*,diffusers.*,transformers.*,pyarrow.*,av.*,cv2.*,scipy.*,spandrel.*]
+ignore_missing_imports = True
+follow_imports = skip
+"""
+
+
+@pytest.mark.slow
+def test_documented_code_has_types_that_mypy_accepts_without_plugins(tmp_path):
+    """Users need no plugin of pydantic, and pyright has none. Blocks of a page follow one another."""
+    for page in TYPED_PAGES:
+        code = "".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
+        assert "import" in code
+        (tmp_path / f"{Path(page).stem.replace('-', '_')}.py").write_text(code)
+    (tmp_path / "models.py").write_text(MODELS + "checker: SafetyChecker\nfrom safety import make\nchecker = make()\n")
+    # A function of the script from which this page quotes.
+    with (tmp_path / "ray_data.py").open("r+") as file:
+        code = file.read()
+        file.seek(0)
+        file.write(
+            code.replace("\nideas =", "\ndef describe_clip(row: dict[str, Any]) -> dict[str, Any]:\n    return row\nideas =", 1)
+        )
+    (tmp_path / "mypy.ini").write_text(MYPY.format(root=ROOT))
+    cache = ROOT / ".pytest_cache" / "mypy"
+    files = sorted(path.name for path in tmp_path.glob("*.py"))
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", str(cache), *files]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_figures_of_the_rivals_are_the_stored_results():

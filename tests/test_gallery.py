@@ -173,11 +173,16 @@ def test_matrix_is_shown_in_order_and_as_a_grid(browser, tmp_path):
     rows = [swept(number, *shot) for number, shot in enumerate(shots, start=1)]
     rows[0] |= {"frames_without_face": 0, "image_likeness": 0.5}
     rows[1] |= {"frames_without_face": 0, "image_likeness": 0.25}
+    rows[2] |= {"frames_without_face": 1}
     write_rows(tmp_path, rows[::-1])
     page_file = write_gallery(tmp_path)
     with page_in(browser, 1366, 768) as page:
         page.goto(page_file.as_uri())
         assert cards(page) == ["…2", "…4"] * 4
+        page.check("input[name=faceless]")
+        assert page.locator("#shown").inner_text() == "1 of 8"
+        assert "no face found" in page.locator("article").inner_text()
+        page.uncheck("input[name=faceless]")
         assert page.locator("#cards .facts").nth(0).inner_text().split("\n") == ["seed 10", "LoRA wide/lora", "scale 2"]
         page.select_option("select[name=columns]", "seed")
         assert page.locator("#grid td article").count() == 8

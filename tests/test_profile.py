@@ -31,6 +31,16 @@ def test_builtin_profiles_have_valid_defaults_known_actors_and_memory():
             assert "has not been run on a GPU" in profile.about, profile.name
 
 
+def test_stage_without_weights_needs_no_entry(tiny):
+    class Sepia(RealESRGANStage):
+        name, actor, has_weights = "sepia", "sepia", False
+
+    assert (tiny.params(Sepia).device, tiny.pinned([Sepia]).actor_of(Sepia).weights) == ("cpu", NO_WEIGHTS)
+    Sepia.has_weights = True
+    with pytest.raises(ProfileError, match=r"stage sepia needs an entry actors\.sepia"):
+        tiny.params(Sepia)
+
+
 def test_tiny_and_demo_profiles_need_no_downloads():
     for profile in map(load_profile, ("tiny", "demo")):
         params = params_of(profile, [stage for stage in STAGES if stage.actor in profile.actors])

@@ -88,9 +88,9 @@ def build_processor(
 ) -> Processor:
     """Return a function that maps a data set of shots to a data set of their results.
 
-    The columns of the input are the fields of a script line; `to_fields` maps a row with other columns to them, and
-    `keep_columns` copies columns that are no fields to `metadata`, instead of rejecting the row. Nulls are missing fields,
-    which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
+    The columns of the input are the fields of a script line; `to_fields` maps a row with other columns, `None` for nulls, to
+    them, and `keep_columns` copies columns that are no fields to `metadata`, instead of rejecting the row. Nulls are missing
+    fields, which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
 
     The output has one row per shot, in the order in which they end, with the columns of the manifest: `id`, `status` (done or
     failed), `last_run` (rendered, reused or failed), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`,

@@ -60,6 +60,18 @@ def install_command(extra: str) -> str:
     return f"pip install '.[{extra}]' in the folder of the project"
 
 
+OPENCV_LIBRARIES = "apt-get install libgl1 libglib2.0-0"
+"""Command that installs the libraries of the system that OpenCV needs."""
+
+
+def import_problem(error: ImportError) -> str:
+    """Return why a package cannot be imported: it is not installed, or a library of the system is missing."""
+    package = str(error.name).partition(".")[0]
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {package} is not installed"
+    return f"the package {package} cannot be loaded ({error})"
+
+
 class UsageError(VidgenError):
     """The arguments of a command are invalid."""
 
@@ -117,6 +129,10 @@ class OtherWeights(SetupError):
 
 class StorageHangs(SetupError):
     """The storage of the output folder has not responded for too long. Another call to it may never return."""
+
+
+class EngineFailed(SetupError):
+    """A bug in the engine: it cannot continue. Finished shots are kept."""
 
 
 class TooExpensive(VidgenError):
@@ -189,6 +205,8 @@ class StrictModel(FrozenModel):
 SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
 """Longest list of field names in an error message, in characters."""
+MIN_NAME_SIMILARITY = 0.65
+"""Least similarity of an unknown field to the one that a message proposes, as difflib counts it."""
 
 URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Start of a URL, also after pathlib has removed one of its slashes."""
@@ -255,7 +273,7 @@ def allowed_of(detail: Any) -> str:
 def known_fields(name: str, fields: Iterable[str], reference: str = SCHEMA_COMMAND) -> str:
     """Say what may stand in place of an unknown field: the most similar name, or all names if these are few."""
     fields = list(fields)
-    if similar := get_close_matches(name[:MAX_LISTED].lower(), fields, 1):
+    if similar := get_close_matches(name[:MAX_LISTED].lower(), fields, 1, MIN_NAME_SIMILARITY):
         return f"did you mean {similar[0]}?"
     names = ", ".join(fields)
     return f"must be one of {names}" if len(names) <= MAX_LISTED else f"see {reference} for all fields"

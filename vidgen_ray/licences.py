@@ -28,8 +28,8 @@ class UsedWeights(StrictModel):
     weights: str = Field(description="Reference of the weights in the profile, or file name of a LoRA.")
     licence: str | None = Field(description="SPDX identifier, or the licence's own name. Null if it is unknown.")
     commercial_use: CommercialUse = Field(description="Whether the weights may be used commercially.")
-    condition: str | None = Field(None, description="Condition of commercial use.")
-    url: str | None = Field(None, description="Text of the licence.")
+    condition: str | None = Field(default=None, description="Condition of commercial use.")
+    url: str | None = Field(default=None, description="Text of the licence.")
 
     @staticmethod
     def of(reference: str, licence: WeightLicence | None) -> UsedWeights:

@@ -26,11 +26,11 @@ class SmallerGpu(StrictModel):
     """Changes of an actor on GPUs with less memory."""
 
     below_gb: float = Field(gt=0, allow_inf_nan=False, description="GPUs with less memory in GB (2^30 bytes) than this.")
-    weights: str | None = Field(None, description="Other weights. Default: those of the actor.")
-    extra_weights: dict[str, str] | None = Field(None, description="Other extra weights. Default: those of the actor.")
+    weights: str | None = Field(default=None, description="Other weights. Default: those of the actor.")
+    extra_weights: dict[str, str] | None = Field(default=None, description="Other extra weights. Default: those of the actor.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage that replace the actor's.")
     trial_options: dict[str, JsonValue] | None = Field(
-        None, description="Other parameters to try. Default: those of the actor."
+        default=None, description="Other parameters to try. Default: those of the actor."
     )
 
 
@@ -45,7 +45,7 @@ class ActorProfile(StrictModel):
     """Weights and resources of an actor. An actor runs one stage, or several stages that share weights."""
 
     weights: str = Field(
-        NO_WEIGHTS,
+        default=NO_WEIGHTS,
         description="A path (relative to the profile), hub:OWNER/NAME[@REVISION][:SUBFOLDER], builtin:NAME, or remote:NAME for "
         "a model that servers have. Required unless the stage has no weights.",
     )
@@ -53,11 +53,13 @@ class ActorProfile(StrictModel):
         default_factory=dict,
         description="Extra weights: name -> reference, in the same format. Only shots that need them fail without them.",
     )
-    dtype: str | None = Field(None, description="Precision, e.g. bfloat16. Default: that of the stage.")
+    dtype: str | None = Field(default=None, description="Precision, e.g. bfloat16. Default: that of the stage.")
     device: Literal["cpu", "cuda"] = "cpu"
-    cpus: float = Field(1, gt=0, allow_inf_nan=False, description="Number of CPUs. torch uses as many threads, at least one.")
+    cpus: float = Field(
+        default=1, gt=0, allow_inf_nan=False, description="Number of CPUs. torch uses as many threads, at least one."
+    )
     memory_gb: float = Field(
-        0,
+        default=0,
         ge=0,
         allow_inf_nan=False,
         description="Memory in GB (2^30 bytes) with activations: GPU memory for cuda, host memory for cpu. For cuda, "
@@ -68,7 +70,9 @@ class ActorProfile(StrictModel):
         description="Stage -> seconds of the reference shot (1024x576, 25 frames, default steps) on this device. Default: "
         "from the work of its networks and the data sheet of the card.",
     )
-    timeout_s: float = Field(1800, gt=0, allow_inf_nan=False, description="Timeout in seconds of one attempt of one stage.")
+    timeout_s: float = Field(
+        default=1800, gt=0, allow_inf_nan=False, description="Timeout in seconds of one attempt of one stage."
+    )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage.")
     trial_options: dict[str, JsonValue] = Field(
         default_factory=dict,
@@ -76,10 +80,10 @@ class ActorProfile(StrictModel):
         "close to that without them. They are tried one after another.",
     )
     smaller: tuple[SmallerGpu, ...] = Field(
-        (),
+        default=(),
         description="Changes on GPUs with less memory. Of the entries that apply, the one with the smallest `below_gb` counts.",
     )
-    reason: SkipJsonSchema[str] = Field("", exclude=True)
+    reason: SkipJsonSchema[str] = Field(default="", exclude=True)
     """Why the options differ from those for the largest GPUs."""
 
     def for_gpu(self, memory_gb: float) -> "ActorProfile":
@@ -114,18 +118,18 @@ class ProvenanceSettings(StrictModel):
     """Metadata, label and signature of images and clips. Every field but `c2pa_key` changes the bytes of files."""
 
     metadata: Detail = Field(
-        "full",
+        default="full",
         description="full: mark files as AI-generated, with the tool, the content key and the settings of the shot. private: "
         "without the settings of the shot and the digests of its photos. off: write nothing and do not sign.",
     )
     label: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=MAX_LABEL_LETTERS,
         description="Text that is drawn into the lower right corner of images and clips. Default: none.",
     )
     c2pa_key: Path | None = Field(
-        None,
+        default=None,
         description="File with a private key and its certificates, see `vidgen keys c2pa`, with which files are signed (C2PA). "
         "An absolute path that every machine of the run has. Default: files are not signed.",
     )
@@ -159,26 +163,36 @@ class Profile(StrictModel):
     encode: Mp4Settings = Mp4Settings()
     provenance: ProvenanceSettings = DEFAULT_PROVENANCE
     layout: Literal["auto", "fused", "staged"] = Field(
-        "auto",
+        default="auto",
         description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. staged: each worker holds "
         "one entry of `actors`, as many of each as needed, and small ones share a GPU.",
     )
     cpu_workers: int | None = Field(
-        None, ge=1, description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow."
+        default=None,
+        ge=1,
+        description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow.",
     )
     price_per_gpu_hour: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="Price of a GPU-hour, for the estimated cost."
+        default=None, ge=0, allow_inf_nan=False, description="Price of a GPU-hour, for the estimated cost."
     )
     require_consent: bool = Field(
-        True, description="Reject face photos without a `consent`. false is recorded in run.json and in the jobs of a server."
+        default=True,
+        description="Reject face photos without a `consent`. false is recorded in run.json and in the jobs of a server.",
     )
-    safety: SafetySettings | None = Field(None, description="Checker of prompts and images. Default: none.")
+    safety: SafetySettings | None = Field(default=None, description="Checker of prompts and images. Default: none.")
     licences: tuple[WeightLicence, ...] = Field(
-        (), description="Licences of weights of your own. They take precedence over those that vidgen knows."
+        default=(), description="Licences of weights of your own. They take precedence over those that vidgen knows."
     )
-    smaller: tuple[SmallerDefaults, ...] = Field((), description="Other defaults on GPUs with less memory, as in `actors`.")
+    smaller: tuple[SmallerDefaults, ...] = Field(
+        default=(), description="Other defaults on GPUs with less memory, as in `actors`."
+    )
     actors: dict[str, ActorProfile]
-    source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
+    source: SkipJsonSchema[Path | None] = Field(default=None, exclude=True)
+
+    @property
+    def is_demo(self) -> bool:
+        """Return whether the profile uses models of the demo, which know a drawn world only."""
+        return any(actor.weights.startswith("builtin:demo/") for actor in self.actors.values())
 
     @field_validator("defaults")
     @classmethod
@@ -292,7 +306,12 @@ class Profile(StrictModel):
         return profile.model_copy(update={"actors": {**profile.actors, **resolved}})
 
     def actor_of(self, stage: type[Stage[Any]]) -> ActorProfile:
-        """Return the profile of the actor that runs the stage. Raises ProfileError if there is none."""
+        """Return the profile of the actor that runs the stage. Raises ProfileError if there is none.
+
+        A stage without weights needs no entry.
+        """
+        if stage.actor not in self.actors and not stage.has_weights:
+            return ActorProfile()
         if stage.actor not in self.actors:
             raise ProfileError(f"profile {self.name}: stage {stage.name} needs an entry actors.{stage.actor}")
         return self.actors[stage.actor]

@@ -45,7 +45,7 @@ class Consent(StrictModel):
         "or generated. demo: a photo that comes with vidgen, set automatically."
     )
     reference: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=1000,
         description="Where it is documented, such as a file name or a URL.",
@@ -118,7 +118,8 @@ class SafetySettings(StrictModel):
     )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Arguments of the function.")
     on_error: Literal["refuse", "allow"] = Field(
-        "refuse", description="refuse: nothing passes while the checker fails. allow: it passes, with a warning in the log."
+        default="refuse",
+        description="refuse: nothing passes while the checker fails. allow: it passes, with a warning in the log.",
     )
 
 

@@ -140,14 +140,14 @@ class LoraRef(_Frozen):
     """LoRA file and the weight of its adapter."""
 
     path: str = Field(min_length=1, description="A .safetensors file, or a `builtin:` name.")
-    weight: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False, description="Scale of the adapter.")
+    weight: float = Field(default=1.0, ge=-2, le=2, allow_inf_nan=False, description="Scale of the adapter.")
 
 
 class VideoLora(LoraRef):
     """LoRA of a video model."""
 
     expert: Literal["both", "high", "low"] = Field(
-        "both",
+        default="both",
         description="Transformer of Wan 2.2 that it is for: high (the noisy steps), low (the last steps), or both. Other "
         "models have one transformer.",
     )
@@ -171,6 +171,13 @@ def _guidance_of(stage: str) -> Any:
 
 class StageSettings(_Frozen):
     """One setting for each stage with denoising steps. `None` uses the default of the profile's model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping | StageSettings):
+            raise ValueError('must be a mapping of stages to values, such as {"flux": 3}')
+        return data
 
     if TYPE_CHECKING:
 
@@ -196,7 +203,10 @@ else:
         **{name: (_guidance_of(name) | None, None) for name in STAGES_WITH_STEPS},
         wan_2=(
             Guidance | None,
-            Field(None, description="Guidance scale of Wan's low-noise expert, if `wan` is above 1. Default: that of `wan`."),
+            Field(
+                default=None,
+                description="Guidance scale of Wan's low-noise expert, if `wan` is above 1. Default: that of `wan`.",
+            ),
         ),
     )
 
@@ -262,127 +272,134 @@ class Shot(_Frozen):
     """
 
     id: str | None = Field(
-        None, description="Name of the shot, unique in the script. Default: derived from the line's content."
+        default=None, description="Name of the shot, unique in the script. Default: derived from the line's content."
     )
     prompt: str = Field(min_length=1, max_length=MAX_TEXT, description="Text to render.", json_schema_extra=TEXT)
     negative_prompt: str | None = Field(
-        None,
+        default=None,
         max_length=MAX_TEXT,
         description="Text to avoid. FLUX then needs two passes per denoising step.",
         json_schema_extra=TEXT,
     )
     mode: Literal["quality", "fast"] = Field(
-        "quality",
+        default="quality",
         description="quality: run all stages one after another. fast: one FLUX pass with the LoRAs active, no restyle.",
     )
     seed: int | None = Field(
-        None, ge=0, lt=2**32, description="Seed of the shot. Default: derived from the run's seed and the id."
+        default=None, ge=0, lt=2**32, description="Seed of the shot. Default: derived from the run's seed and the id."
     )
     variants: int = Field(
-        1, ge=1, le=MAX_SHOTS_PER_LINE, description="Number of shots rendered from this line: id-v0, id-v1, ..."
+        default=1, ge=1, le=MAX_SHOTS_PER_LINE, description="Number of shots rendered from this line: id-v0, id-v1, ..."
     )
 
     priority: Priority = Field(
-        "normal",
+        default="normal",
         exclude=True,  # of a request or a line, not of what is rendered
         description="Shots with a higher priority start first. No effect on files.",
     )
 
     image_model: Literal["flux", "klein", "remote", "none"] = Field(
-        "flux",
+        default="flux",
         description="Model of the base image and of `lora`: FLUX.1, FLUX.2 klein (LoRAs are active while it draws), or that of "
         "a server (without LoRAs and identity). none: a server's video model makes the clip from the prompt alone.",
     )
     width: int = Field(
-        1024,
+        default=1024,
         description=f"Width in pixels, a multiple of {MIN_MULTIPLE_PX} from {MIN_SIDE_PX} to {MAX_SIDE_PX}; for video of "
         f"{_by_model('{size_multiple_px} with {name}')}.",
     )
-    height: int = Field(576, description="Height in pixels. Same rules as for width.")
+    height: int = Field(default=576, description="Height in pixels. Same rules as for width.")
     image: str | None = Field(
-        None, description="Start image in place of the base image. Scaled and cropped to the shot's size."
+        default=None, description="Start image in place of the base image. Scaled and cropped to the shot's size."
     )
     last_image: str | None = Field(
-        None, description="Image that the clip ends with, for video_model wan with I2V-A14B. Scaled and cropped as `image`."
+        default=None,
+        description="Image that the clip ends with, for video_model wan with I2V-A14B. Scaled and cropped as `image`.",
     )
 
     continue_from: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Id of an earlier shot whose last frame is the start image, which LoRAs and restyling do not change. "
         "In the API: of a video.",
     )
 
     face_image: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="Photos of the same face. The keypoints are those of the first photo."
+        default=(), description="Photos of the same face. The keypoints are those of the first photo."
     )
     face_index: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="Index of the face to use in the first photo, from left to right, from 0. Default: the largest face.",
     )
     consent: Consent | None = Field(
-        None,
+        default=None,
         description="Why the face may be used: {subject, basis, reference}. Required for face_image, except for the photos "
         "that come with vidgen.",
     )
-    character: str | None = Field(None, description="Name of a character in the header of a YAML script.")
+    character: str | None = Field(default=None, description="Name of a character in the header of a YAML script.")
     identity: str = Field(
-        "infusenet",
+        default="infusenet",
         description="Identity method: infusenet, or another one of FLUX; instantid-sdxl: SDXL draws the base image; reference: "
         "FLUX.2 klein draws it and sees all photos (default for image_model klein); none.",
     )
-    identity_strength: Strength = Field(1.0, description="Strength of the identity conditioning. 0 disables it.")
-    identity_start: Strength = Field(0.0, description="Fraction of FLUX's denoising steps before identity conditioning starts.")
+    identity_strength: Strength = Field(default=1.0, description="Strength of the identity conditioning. 0 disables it.")
+    identity_start: Strength = Field(
+        default=0.0, description="Fraction of FLUX's denoising steps before identity conditioning starts."
+    )
     identity_end: Strength = Field(
-        1.0, validate_default=True, description="Fraction of FLUX's denoising steps after which identity conditioning stops."
+        default=1.0,
+        validate_default=True,
+        description="Fraction of FLUX's denoising steps after which identity conditioning stops.",
     )
     pose: Literal["photo", "none"] = Field(
-        "photo", description="photo: place the face as in the first photo. none: let the prompt place it."
+        default="photo", description="photo: place the face as in the first photo. none: let the prompt place it."
     )
     refine_strength: Strength = Field(
-        0.35,
+        default=0.35,
         description="Image-to-image strength of FLUX over the SDXL image, for shots without a LoRA. 0 keeps the SDXL image.",
     )
     min_identity: float | None = Field(
-        None,
+        default=None,
         ge=-1,
         le=1,
         allow_inf_nan=False,
         description="Minimum likeness of the image and the clip to the face (cosine similarity). Default: not checked.",
     )
-    max_tries: int = Field(1, ge=1, le=11, description="Seeds to try until the likeness reaches min_identity.")
-    lora: tuple[LoraRef, ...] = Field((), description="LoRAs: a path, or a list of paths or of {path, weight}.")
-    lora_strength: Strength = Field(0.6, description="Image-to-image strength of the LoRA stage. 0 keeps the base image.")
+    max_tries: int = Field(default=1, ge=1, le=11, description="Seeds to try until the likeness reaches min_identity.")
+    lora: tuple[LoraRef, ...] = Field(default=(), description="LoRAs: a path, or a list of paths or of {path, weight}.")
+    lora_strength: Strength = Field(
+        default=0.6, description="Image-to-image strength of the LoRA stage. 0 keeps the base image."
+    )
 
-    use_hunyuan_style: bool = Field(False, description="Restyle the image with the style model. Ignored in mode fast.")
+    use_hunyuan_style: bool = Field(default=False, description="Restyle the image with the style model. Ignored in mode fast.")
     style_model: Literal["hunyuan", "qwen-edit"] = Field(
-        "hunyuan",
+        default="hunyuan",
         description="hunyuan: HunyuanDiT, image to image. qwen-edit: Qwen-Image-Edit, by instruction.",
     )
     style_prompt: str | None = Field(
-        None, max_length=MAX_TEXT, description="Text appended to the prompt for the restyle.", json_schema_extra=TEXT
+        default=None, max_length=MAX_TEXT, description="Text appended to the prompt for the restyle.", json_schema_extra=TEXT
     )
-    style_strength: Strength = Field(0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
+    style_strength: Strength = Field(default=0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
 
-    generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
+    generate_video: bool = Field(default=True, description="Generate a clip from the image. false: render the image only.")
     video_model: VideoModelName = Field(
-        DEFAULT_MODEL,
+        default=DEFAULT_MODEL,
         description=f"Video model. The profile must have it. The prompt is read by {', '.join(PROMPTED_MODELS)}.",
     )
     motion_prompt: str | None = Field(
-        None,
+        default=None,
         max_length=MAX_TEXT,
         description="Text appended to the prompt for the video model: what moves, and how.",
         json_schema_extra=TEXT,
     )
     video_lora: tuple[VideoLora, ...] = Field(
-        (),
+        default=(),
         description=f"LoRAs of the video model {' or '.join(MODELS_WITH_LORAS)}: a path, or a list of paths or of {{path, "
         "weight, expert}.",
     )
     num_frames: Annotated[int, WithJsonSchema(FRAMES_SCHEMA)] = Field(
-        25,
+        default=25,
         ge=MIN_FRAMES,
         le=MAX_FRAMES,
         description=f"Number of frames in the clip: {_by_model('{frame_step}k + 1 for {name}', STEPPED_MODELS)}. auto, the "
@@ -390,60 +407,64 @@ class Shot(_Frozen):
         f"{FOR}{TARGETS[0]}: the longest clip that a trainer uses as a whole, with fps_out.",
     )
     extend: int = Field(
-        0,
+        default=0,
         ge=0,
         le=15,
         description="Further passes of the video model, each from the last frame of the one before; each adds num_frames - 1 "
         "frames.",
     )
     fps: int = Field(
-        VIDEO_MODELS[DEFAULT_MODEL].fps,
+        default=VIDEO_MODELS[DEFAULT_MODEL].fps,
         ge=1,
         le=60,
         description=f"Frames per second. Default: {_by_model('{fps} for {name}')}.",
     )
     interpolation: Literal[1, 2, 4, 8] = Field(
-        1, description="Factor of the frame rate by frame interpolation; the clip lasts as long as before."
+        default=1, description="Factor of the frame rate by frame interpolation; the clip lasts as long as before."
     )
     fps_out: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=240,
         description="Frames per second of the finished clip, at least fps, by interpolation. Default: fps x interpolation.",
     )
-    motion_bucket_id: int = Field(127, ge=1, le=255, description="Amount of motion. Higher values move more.")
+    motion_bucket_id: int = Field(default=127, ge=1, le=255, description="Amount of motion. Higher values move more.")
     noise_aug_strength: float = Field(
-        0.02,
+        default=0.02,
         ge=0,
         le=1,
         allow_inf_nan=False,
         description="Noise added to the start image. Higher values depart further from it.",
     )
 
-    upscale_video: bool = Field(True, description="Upscale the clip.")
-    scale: Literal[2, 3, 4] = Field(4, description="Upscaling factor.")
+    upscale_video: bool = Field(default=True, description="Upscale the clip.")
+    scale: Literal[2, 3, 4] = Field(default=4, description="Upscaling factor.")
     upscaler: str = Field(
-        "animevideov3",
+        default="animevideov3",
         pattern=r"^[A-Za-z0-9._-]+$",
         description="Weights file in the profile's upscaler folder, without its extension.",
     )
     crop_width: int | None = Field(
-        None,
+        default=None,
         ge=MIN_CROP_PX,
         multiple_of=2,
         description="Width in pixels of the middle of the finished clip that is kept; image and clip before upscaling alike.",
     )
-    crop_height: int | None = Field(None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height.")
+    crop_height: int | None = Field(
+        default=None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height."
+    )
 
     aspect: Aspect | None = Field(
-        None,
+        default=None,
         exclude=True,  # width, height and crop are what is rendered
         description="Shape of the finished clip as WIDTH:HEIGHT, such as 9:16: replaces width and height by sizes of about the "
         "same area, and crops.",
     )
 
-    steps: StageSteps = Field(StageSteps(), description="Denoising steps of each stage. Default: those of the model.")
-    guidance: StageGuidance = Field(StageGuidance(), description="Guidance scale of each stage. Default: that of the model.")
+    steps: StageSteps = Field(default=StageSteps(), description="Denoising steps of each stage. Default: those of the model.")
+    guidance: StageGuidance = Field(
+        default=StageGuidance(), description="Guidance scale of each stage. Default: that of the model."
+    )
     metadata: dict[str, JsonValue] = Field(default_factory=dict, description="JSON copied to the manifest unchanged.")
 
     @model_validator(mode="before")

@@ -68,6 +68,7 @@ USER_ERRORS = [
     ("validate gone.jsonl", 3, "gone.jsonl: got gone.jsonl, must be an existing file"),
     ("shot a --set fps", 2, "must be FIELD=VALUE"),
     ("shot a --set fpss=3", 2, "--set fpss: got an unknown field, did you mean fps?"),
+    ("shot a --set colour=red", 2, "see `vidgen schema shot` for all fields"),
     ("shot a --until dawn", 2, "'dawn' is not one of 'image', 'video'"),
     ("shot a -s prompt=b", 2, "which is the argument PROMPT of this command"),
     ("shot a --label 'a\nb'", 2, "--label: got 'a\\nb', must be one line"),

@@ -18,12 +18,15 @@ from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
+from vidgen_ray.batch.render_script import RunReport
 from vidgen_ray.cli import main, one_stage
 from vidgen_ray.cli.app import COMMANDS
 from vidgen_ray.cli.options import changes_until
+from vidgen_ray.cli.run_script import RenderedRun, print_ended
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.media.decode import open_video
-from vidgen_ray.outputs.records import shot_path
+from vidgen_ray.outputs.records import LikenessRecord, ShotRecord, shot_path
+from vidgen_ray.profile import load_profile
 from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.shot import Shot
 
@@ -172,6 +175,22 @@ def test_shot_prints_the_written_files(tmp_path, capsys):
         assert float(video.fps) == 9
     assert main(["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "image", "-s", "id=image", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shot"]["id"] == "image"
+
+
+@pytest.mark.parametrize(("profile", "advice"), [("demo", "profile demo draw a cartoon world"), ("tiny", "seeds")])
+def test_images_without_a_face_are_noted(tmp_path, capsys, monkeypatch, profile, advice):
+    likeness = LikenessRecord(image=None, clip_mean=None, clip_worst=None, frames_without_face=1)
+    record = ShotRecord.model_construct(likeness=likeness, cut_texts=(), stages=(), files={})
+    monkeypatch.setattr(one_stage.VideoGenerationPipeline, "render", lambda *_: record)
+    assert main(["shot", "a", "-p", profile, "--face", str(ASTRONAUT), "-o", str(tmp_path)]) == 0
+    printed = capsys.readouterr().err
+    assert "note: no face was found in the image" in printed
+    assert advice in printed
+    report = RunReport("r", 3, 0, 1, 0, 0, True, 1.0, 0.0, None, None, 0, {}, None, (), without_face=2)
+    print_ended(str(tmp_path), [RenderedRun(report, None, load_profile(profile))], as_json=False)
+    printed = capsys.readouterr().err
+    assert "note: no face was found in 2 images" in printed
+    assert advice in printed
 
 
 def test_interrupted_stage_does_not_promise_to_resume(tmp_path, capsys, monkeypatch):

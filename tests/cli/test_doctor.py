@@ -14,6 +14,8 @@ import pytest
 from vidgen_ray.cli import doctor as checks
 from vidgen_ray.cli import main
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.faces import open_session
+from vidgen_ray.nets.weight_files import library_errors
 from vidgen_ray.planner import cluster
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.profile import load_profile
@@ -82,8 +84,9 @@ CASES = [
     (checks.check_open_files((RLIM_INFINITY, RLIM_INFINITY)), "pass", "unlimited open files", None),
     (checks.check_open_files((1024, 4096)), "warn", "1,024 open files, at most 4,096", "ulimit -n 65536"),
     (checks.check_plan(GPU_24GB, machine(23.6), None), "pass", "can render clips of 25 frames and 4096x2304 pixels", None),
-    (checks.check_plan(GPU_80GB, machine(23.6), None), "fail", "the largest GPU has 23.6", "use a profile for this GPU"),
+    (checks.check_plan(GPU_80GB, machine(23.6), None), "fail", "the largest GPU has 23.6", "use a profile for this machine"),
     (checks.check_plan(GPU_24GB, machine(23.6), 30), "fail", "the nodes have 30 GB", "docker run --memory"),
+    (checks.check_plan(GPU_80GB, machine(), None), "fail", "there is no GPU", "such as demo"),
     (checks.check_ray_version("2.9.3"), "fail", "Ray 2.9.3", "pip install"),
     (checks.check_ray_version("2.60.1"), "pass", "Ray 2.60.1", None),
     (checks.check_ray_version("3.0.0.dev0"), "warn", "Ray 3.0.0.dev0 is newer", "ray[serve,data]>=2.60,<2.61"),
@@ -228,3 +231,22 @@ def test_message_of_nvidia_smi_is_no_gpu(monkeypatch):
     monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: "nvidia-smi")
     monkeypatch.setattr(checks.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="No devices were found\n"))
     assert checks.query_driver() == []
+
+
+def test_missing_library_of_the_system_is_named_by_doctor_and_by_faces(monkeypatch):
+    missing = "libGL.so.1: cannot open shared object file: No such file or directory"
+
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cv2":
+                raise ImportError(missing, name="cv2")
+
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    finding = checks.check_images()
+    assert (finding.status, finding.text) == ("fail", f"the package cv2 cannot be loaded ({missing})")
+    assert finding.fix == "sudo apt-get install libgl1 libglib2.0-0"
+    with pytest.raises(SetupError, match=r"^the package cv2 cannot be loaded \(libGL.*Debian: apt-get install libgl1"):
+        open_session(b"", "cpu", 1, "a face pack")
+    with pytest.raises(SetupError, match=r"^the package cv2 cannot be loaded"), library_errors("the file is damaged"):
+        import cv2  # noqa: F401

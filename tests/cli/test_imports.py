@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from tests.upscale.videos import write_video
+from vidgen_ray.cli import main
 from vidgen_ray.cli.app import LISTED, app
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,14 @@ def imported_by(code: str, words: list[str], folder: Path) -> set[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=folder, env=environment)
     return HEAVY & set(json.loads(out.read_text()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_weights(tmp_path_factory):
+    """Small weights are made with torch by the first command that needs them."""
+    script = tmp_path_factory.mktemp("first") / "script.jsonl"
+    script.write_text('{"prompt": "a cat"}\n')
+    assert main(["validate", str(script)]) == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,9 +2,10 @@
 
 import io
 import logging
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from threading import Barrier, BrokenBarrierError
 
 import pytest
@@ -203,6 +204,19 @@ def test_run_view_prints_lines_to_stderr(capsys):
         view.on_finished(row("ball"))
     printed = capsys.readouterr()
     assert ("1/1 done ball" in printed.err, printed.out) == (True, "")
+
+
+def test_closed_pipe_of_messages_does_not_end_a_run():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as pipe, redirect_stderr(pipe):
+        with suppress(BrokenPipeError), run_view() as view:
+            # `GuardedListener` keeps exceptions out of the run, and lets SystemExit end it.
+            with pytest.raises(BrokenPipeError):
+                view.on_lines(1, 0, 0, complete=True)
+            view.on_finished(row("ball"))
+        with suppress(BrokenPipeError):
+            pipe.close()
 
 
 def test_events_are_handled_one_at_a_time(clock):

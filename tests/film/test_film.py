@@ -140,9 +140,10 @@ def test_captions_are_written_beside_the_film_and_pause_during_a_fade(shots, fil
     assert not (tmp_path / "film.srt").exists()
 
 
-def test_burnt_in_caption_is_drawn_into_the_lower_part(shots, film):
+def test_burnt_in_caption_is_drawn_into_the_lower_part(shots, film, tmp_path):
     shots.add("a", colour=(90, 90, 90), size=(320, 180), metadata={"caption": "Überfahrt nach Łódź"})
     plain, burnt = film(captions="file")[1][2], film(captions="burn")[1][2]
+    assert not list(tmp_path.glob("film.[sv]*t")), "players would show the captions of files, too"
     changed = np.abs(plain.astype(int) - burnt).max(axis=2) > 60
     rows = np.flatnonzero(changed.any(axis=1))
     assert rows.min() > 140

@@ -162,7 +162,7 @@ def test_narration_is_spoken_at_its_shot_which_stays_until_it_ends(shots, tmp_pa
 def test_narration_without_a_voice_is_reported(shots, tmp_path):
     shots.add("a", metadata={"narration": "Unheard."})
     report = make_film(shots.outputs, film_settings({}, "test"), tmp_path / "film.mp4")
-    assert report.notes == ("1 shots have a narration, but the film has no voice; set one with --voice",)
+    assert report.notes == ("1 shot has a narration, but the film has no voice; set one with --voice",)
 
 
 def test_unknown_voices_are_errors(tmp_path):

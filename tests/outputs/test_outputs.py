@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import time
 from contextlib import suppress
 from hashlib import sha256
@@ -285,9 +286,36 @@ class TestManifest:
         finally:
             writer.close()
 
+    def test_write_that_hangs_keeps_no_row_from_being_added(self, outputs, monkeypatch):
+        monkeypatch.setattr(manifest_writer, "PART_ROWS", 1)
+        hangs, released, flushed, flush = threading.Event(), threading.Event(), threading.Semaphore(0), os.fsync
+
+        def fsync(number):
+            assert threading.current_thread() is not threading.main_thread(), "the caller of `add` waits for the storage"
+            hangs.set()
+            assert released.wait(60)
+            flush(number)
+            flushed.release()
+
+        writer = ManifestWriter(outputs, "r1", "s.jsonl")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fsync)
+            writer.add(row("r1", "a"))
+            assert hangs.wait(60)
+            for entry in (row("r1", "b"), failed("r1", "c")):
+                writer.add(**entry) if isinstance(entry, dict) else writer.add(entry)
+            released.set()
+            # The first part, then one with the other rows, and their failed lines.
+            assert all(flushed.acquire(timeout=60) for _ in range(3))
+        writer.close()
+        assert {id_: status for id_, (_, status) in table(outputs).items()} == {"a": "done", "b": "done", "c": "failed"}
+
     def test_merge_during_a_read_hides_no_rows(self, outputs, monkeypatch):
         monkeypatch.setattr(manifest_writer, "PART_ROWS", 1)
-        writer = write(outputs, "r1", row("r1", "a"), row("r1", "b"), row("r1", "c"), close=False)
+        writer = ManifestWriter(outputs, "r1", "s.jsonl")
+        for shot_id in "abc":
+            writer.add(row("r1", shot_id))
+            writer.flush()
         reading = manifest_batches(outputs.storage)
         assert next(reading).column("id").to_pylist() == ["c"]
         writer.close()

@@ -451,10 +451,13 @@ def test_image_in_memory_keeps_its_mark(sources, tiny):
         holiday.info["xmp"] = b"<x:xmpmeta>private notes of a camera</x:xmpmeta>"
         with VideoGenerationPipeline(tiny.with_provenance(FULL), sources / "out") as pipeline:
             larger = pipeline.upscale(image, scale=2)
-            stored = Path(pipeline._as_file("image", larger))
+            stored = Path(pipeline._as_file("generate_video", "image", larger))
             assert read_provenance(stored).record.sources[0].key == "a" * 64
-            assert Path(pipeline._as_file("image", image)).read_bytes() == (sources / "generated.png").read_bytes()
-            assert read_provenance(Path(pipeline._as_file("image", holiday))) == (None, None)
+            assert (
+                Path(pipeline._as_file("generate_video", "image", image)).read_bytes()
+                == (sources / "generated.png").read_bytes()
+            )
+            assert read_provenance(Path(pipeline._as_file("generate_video", "image", holiday))) == (None, None)
         _, uploaded = file_of(image)
         (sources / "uploaded.png").write_bytes(uploaded)
         assert read_provenance(sources / "uploaded.png").record == GENERATED

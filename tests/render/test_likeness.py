@@ -256,11 +256,13 @@ def test_manifest_and_gallery_show_likeness(pipeline, plan_of, likeness, num_fra
     row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.find_finished(plan), "rendered")
     assert [getattr(row, name) for name in COLUMNS] == [value if value is None else pytest.approx(value) for value in columns]
     assert likeness_text(vars(row)) == text
+    assert row.shows_no_face == (columns[0] is None)
     writer = ManifestWriter(outputs, "r", "s")
     writer.add(row)
     writer.close()
     page = write_gallery(outputs.root).read_text()
     assert text in page
+    assert ('"no_face": true' in page) == row.shows_no_face
 
 
 def test_likeness_stages_run_alone_on_a_file(tmp_path, capsys):

@@ -24,7 +24,6 @@ from vidgen_ray.render.oom_fallback import (
     EXPANDABLE_SEGMENTS,
     MEMORY_FREED,
     OomFallback,
-    is_out_of_memory,
     prepare_gpu,
 )
 from vidgen_ray.render.step_runner import StepFailed
@@ -32,7 +31,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDParams, SVDStage
 from vidgen_ray.system import free_memory
-from vidgen_ray.system.free_memory import pins_exact_sizes
+from vidgen_ray.system.free_memory import is_out_of_memory, pins_exact_sizes
 
 SHOT = Shot(prompt="a")
 OOM = "CUDA out of memory. Tried to allocate 9.00 GiB"
@@ -141,6 +140,8 @@ def test_oom_with_the_lowest_settings_is_an_error_of_its_own_and_others_are_unch
         ("CUDA error: out of memory", True, False),
         ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False, True),
         ("CUDA error: an illegal memory access was encountered", False, True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", False, True),
+        ("Triton Error [CUDA]: out of memory", True, False),
     ],
 )
 def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_memory, context_broken):
@@ -155,6 +156,7 @@ def torch_on_a_gpu(monkeypatch):
     torch = Mock(__version__="2.11.0")
     torch.cuda.get_device_properties.return_value = SimpleNamespace(total_memory=24 * GB, is_integrated=False)
     torch.cuda.memory_reserved.return_value = torch.cuda.memory_allocated.return_value = 0
+    torch._C = SimpleNamespace()
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     return torch.cuda
@@ -205,6 +207,13 @@ def test_allocator_settings_by_version_of_torch(torch_on_a_gpu, monkeypatch, tmp
     assert [call.args for call in torch_on_a_gpu.memory._set_allocator_settings.call_args_list] == [(expected,)] * bool(
         expected
     )
+
+
+def test_allocators_of_torch_are_set_by_a_function_that_is_not_deprecated(torch_on_a_gpu):
+    sys.modules["torch"]._C._accelerator_setAllocatorSettings = settings = Mock()
+    prepare_gpu(1)
+    assert settings.called
+    assert not torch_on_a_gpu.memory._set_allocator_settings.called
 
 
 @pytest.mark.parametrize("error", [ValueError("Unrecognized key"), RuntimeError("Unrecognized key"), AttributeError("no name")])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ASTRONAUT, EXAMPLES, SYNTHETIC
 from vidgen_ray.cli import main
@@ -40,6 +41,13 @@ def test_shipped_photos_need_no_consent(tmp_path):
         subject="Eileen Collins, ada (drawn)", basis="demo", reference="examples/faces: astronaut.jpg, ada.png"
     )
     assert check_shot({**shot.model_dump(mode="json")}, "test", {}) == shot, "a recorded shot can be rendered again"
+    # As the library stores a photo that it gets as an image or an array.
+    for name, file in files.items():
+        with Image.open(file) as photo:
+            photo.convert("RGB").save(tmp_path / "copy.png", compress_level=1)
+        fields = {"prompt": "a", "face_image": [str(tmp_path / "copy.png")]}
+        assert check_shot(fields, "test", {}).consent.reference == f"examples/faces: {name}"
+        assert check_shot({**fields, "consent": {"subject": "x", "basis": "demo"}}, "test", {}).consent.subject == "x"
 
 
 def test_face_without_consent_is_refused(read):

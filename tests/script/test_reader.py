@@ -18,7 +18,7 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.media.images import write_png
 from vidgen_ray.script import check as checks
 from vidgen_ray.script import read
-from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script
+from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types, open_script, table_lines
 from vidgen_ray.script.lines import Columns, ScriptSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.svd import SVDStage
@@ -168,6 +168,12 @@ def test_priority_changes_neither_id_nor_seed_nor_record(tmp_path):
     (plain,), (first,) = (read_script(write(tmp_path, f"{n}.jsonl", [line])).shots for n, line in enumerate(lines))
     assert first.priority == "high"
     assert first.model_dump() == plain.model_dump()
+
+
+def test_single_shot_must_be_one_shot():
+    for fields, field in (({"prompt": "a {red|blue} ball"}, "prompt"), ({"prompt": "a", "variants": 2}, "variants")):
+        with pytest.raises(ScriptError, match=rf"shot, {field}: got 2 shots, must be one; choices {{a\|b}}, a matrix and"):
+            checks.check_shot(fields, "shot", {})
 
 
 def test_variants_are_separate_shots_with_separate_seeds(tmp_path):
@@ -355,6 +361,16 @@ def test_tables_of_spreadsheets_say_what_to_save(tmp_path):
     assert (script.shots[0].lora_strength, [str(error) for error in script.errors]) == (
         0.8, ["s.csv line 4, lora_strength: got '0,8', must have a decimal point: 0.8"]
     )  # fmt: skip
+    # Empty columns without a name are skipped.
+    (tmp_path / "s.csv").write_text(";prompt;;seed;\n;a ball;;7;\n;b;x;8;\n")
+    for columns in (Columns(), Columns(keep_unknown=True)):
+        script = read_script(tmp_path / "s.csv", columns=columns)
+        assert [(shot.prompt, shot.seed, shot.metadata) for shot in script.shots] == [("a ball", 7, {})]
+        (error,) = script.errors
+        assert str(error) == "s.csv line 3: got a cell in column 3, must have a name in the first row, or no cells"
+    (tmp_path / "s.csv").write_text(",prompt\n0,a\n")
+    with pytest.raises(ScriptError, match=r"got a column without a name, .* with pandas: to_csv\(\.\.\., index=False\)"):
+        read_script(tmp_path / "s.csv")
     (tmp_path / "s.csv").write_bytes("prompt\nein Bär\n".encode("cp1252"))
     with pytest.raises(ScriptError, match=r"line 2: got bytes that are not UTF-8, save .* in Excel as CSV UTF-8"):
         read_script(tmp_path / "s.csv")
@@ -475,3 +491,9 @@ def test_files_that_cannot_be_used_are_found_before_rendering(check, tmp_path):
     assert not check({"prompt": "a", "image": "x.png", "lora": "z.safetensors"}, decode_files=True).errors
     line = {"prompt": "a", "image": "face.png", "face_image": "face.png", "lora": "a.safetensors"}
     assert not check(line, decode_files=True).errors
+
+
+def test_function_of_a_data_set_gets_rows_with_their_nulls():
+    table = pa.table({"id": ["a", "b"], "photo": pa.array([None, "p.png"])})
+    lines = table_lines("data", table, lambda row: {"id": row["id"], "prompt": "x", "image": row["photo"]})
+    assert [line.fields for line in lines] == [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x", "image": "p.png"}]

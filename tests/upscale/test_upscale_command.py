@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import pytest
 
 from tests import forked
@@ -15,6 +16,7 @@ from tests.upscale.conftest import SETTINGS, compact
 from tests.upscale.videos import decoded, packets, write_video
 from vidgen_ray.cli import main
 from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.upscale import frames as upscale_frames
 from vidgen_ray.upscale import ray_runner, segments
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale import upscale_command as command
@@ -54,8 +56,11 @@ def test_inputs_can_be_a_folder_a_pattern_and_a_list_and_a_bad_video_fails_alone
     Path("in/notes.md").write_text("no video")
     Path("bad.mp4").write_text("nonsense")
     Path("list.txt").write_text("# three\nbad.mp4\n\nin/a.mp4\nmissing.mp4\n")
-    assert run("in -o one")[0] == 0
-    assert files("one/*") == ["a.mp4", "c.mkv"]
+    write_video(Path("in/d.gif"), 2, codec="gif", pixel_format="rgb8")
+    Path("in/e.wmv").write_bytes(b"0&\xb2u")
+    code, _, errors = run("in -o one")
+    assert (code, files("one/*")) == (0, ["a.mp4", "c.mkv", "d.mkv"])
+    assert "in: left out 2 files without the ending of a video that can be read: e.wmv, notes.md" in errors
     assert run("in/*.m*4 -o two")[0] == 0
     assert files("two/*") == ["a.mp4"]
     code, output, errors = run("list.txt -o three --json --to 256x256")
@@ -119,6 +124,23 @@ def command_in_a_fork(segment_frames, words):
 def start(words, segment_frames=5):
     """Start the command in a process of its own, which has many moments to be killed at."""
     return forked.start(Path("errors"), command_in_a_fork, segment_frames, words)
+
+
+@pytest.mark.parametrize(("has_encoder", "codec"), [(True, "hevc"), (False, "h264")])
+def test_ten_bits_become_hevc_which_hardware_decodes(run, monkeypatch, has_encoder, codec):
+    write_video(Path("deep.mkv"), 1, codec="libx265", pixel_format="yuv420p10le", options={"x265-params": "log-level=none"})
+    write_video(Path("plain.mp4"), 1)
+    if not has_encoder:
+        monkeypatch.setattr(upscale_frames, "codecs_available", {"libx264"})
+    code, _, errors = run("deep.mkv plain.mp4 -o out")
+    assert code == 0, errors
+    assert ("deep.mkv: becomes H.264 of 10 bits" in errors) != has_encoder
+    assert "1 frame of " in errors
+    found = []
+    for name in ("deep.mkv", "plain.mp4"):
+        with av.open(f"out/{name}") as opened:
+            found.append(opened.streams.video[0].codec_context.name)
+    assert found == [codec, "h264"]
 
 
 def wait_for_segments(process, folder, count):

@@ -21,8 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Default `argv`: that of this process.
     """
     if list(sys.argv[1:] if argv is None else argv) == ["--version"]:
-        sys.stdout.write(f"{__version__}\n")
-        return 0
+        # What cannot be written is explained by the command below.
+        with suppress(OSError):
+            sys.stdout.write(f"{__version__}\n")
+            sys.stdout.flush()
+            return 0
     # Commands of other packages import parts of this one, and not all commands.
     from vidgen_ray.cli.app import run_command
 

@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from functools import wraps
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,13 +24,15 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from vidgen_ray.cli.commands import RESUME, CommandWithShortHelp, HelpWithoutFlagTypes, note, with_options
-from vidgen_ray.system.terminal_text import escaped_output
+from vidgen_ray.system.terminal_text import escaped_output, protocol_output
 from vidgen_ray.version import __version__
 
 COMMANDS = "vidgen.commands"
 """Group of entry points, name of a command -> function whose parameters typer reads, or `typer.Typer` with several commands."""
 PIPE_CLOSED = 128 + signal.SIGPIPE
 """Exit code of a command that writes to a closed pipe, as shells report it."""
+PROTOCOL_COMMANDS = ("mcp",)
+"""Commands of entry points whose standard output is a protocol instead of text for a terminal."""
 JOIN_S = 10.0
 """Seconds that a command whose storage hangs waits for its threads."""
 START, RENDER, _LOOK, EXPORT = "Start", "Render scripts", "Look at results", "Export"
@@ -137,10 +140,20 @@ def _import_command(name: str) -> Any:
         return _command(name, command if isinstance(command, typer.Typer) else with_options(command))
     for found in entry_points(group=COMMANDS, name=name):
         try:
-            return _command(name, found.load())
+            loaded = found.load()
+            return _command(name, _with_protocol_output(loaded) if name in PROTOCOL_COMMANDS else loaded)
         except (ImportError, AttributeError) as error:
             return _unavailable(name, error)
     return None
+
+
+def _with_protocol_output(function: Callable[..., None]) -> Callable[..., None]:
+    @wraps(function)
+    def call(**values: Any) -> None:
+        with protocol_output():
+            function(**values)
+
+    return call
 
 
 def _command(name: str, loaded: Any) -> Any:

@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import wraps
@@ -26,12 +26,26 @@ from vidgen_ray.limits import DECIMAL_COMMA
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from vidgen_ray.profile import Profile
+
 RESUME = "Run the same command to resume."
 
 
 def note(message: object) -> None:
-    """Print a message on standard error."""
-    typer.echo(f"vidgen: {message}", err=True)
+    """Print a message on standard error, if it can be written: the terminal may be closed, or the disk of a log full."""
+    with suppress(OSError, ValueError):
+        typer.echo(f"vidgen: {message}", err=True)
+
+
+def note_no_face(images: int, profile: Profile) -> None:
+    """Say that no face was found in this many images of shots with face photos, and what helps."""
+    if not images:
+        return
+    where = "the image" if images == 1 else f"{images:,} images"
+    advice = "other photos, seeds or a higher identity_strength may help; min_identity and max_tries try more seeds"
+    if profile.is_demo:
+        advice = f"the models of profile {profile.name} draw a cartoon world, photos of real people need a profile for GPUs"
+    note(f"note: no face was found in {where} of a person with a photo: {advice}")
 
 
 @contextmanager

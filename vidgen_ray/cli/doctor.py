@@ -29,11 +29,11 @@ from rich.markup import escape
 from vidgen_ray.cli.file_options import JsonOption
 from vidgen_ray.cli.models import FACES, default_references, default_shot
 from vidgen_ray.cli.options import ProfileOption
-from vidgen_ray.errors import SetupError, VidgenError
+from vidgen_ray.errors import SetupError, VidgenError, import_problem
 from vidgen_ray.graph import STAGES, clip_length, file_sizes, server_problems
 from vidgen_ray.media.decode import open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer
-from vidgen_ray.nets.faces import import_onnxruntime, open_session
+from vidgen_ray.nets.faces import check_opencv, import_onnxruntime, open_session
 from vidgen_ray.planner.choose_layout import plan_run
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES, Cluster, profile_for, this_machine
 from vidgen_ray.planner.demand import demand_of, load_calibration
@@ -230,7 +230,18 @@ def check_provider(device: str, open_model: Callable[..., Any] = open_session) -
 
 def _not_installed(check: str, error: ImportError) -> Finding:
     package = str(error.name).partition(".")[0]
-    return Finding(check, "fail", f"the package {package} is not installed", f"pip install {package}")
+    fix = f"pip install {package}" if isinstance(error, ModuleNotFoundError) else f"pip install --force-reinstall {package}"
+    return Finding(check, "fail", import_problem(error), fix)
+
+
+def check_images(check: Callable[[], None] = check_opencv) -> Finding:
+    """OpenCV, which faces and scores need, must find the libraries of the system."""
+    try:
+        check()
+    except SetupError as error:
+        text, _, fix = str(error).partition("; Debian: ")
+        return Finding("opencv", "fail", text, f"sudo {fix}")
+    return Finding("opencv", "pass", f"opencv-python {version('opencv-python')}")
 
 
 def onnxruntime_cuda() -> str | None:
@@ -347,12 +358,22 @@ def check_plan(profile: Profile, machine: Cluster, limit_gb: float | None) -> Fi
         planned = plan_run(profile, demand_of([shot] * PLANNED_SHOTS), machine, calibration=measured)
     except VidgenError as error:
         reason = str(error).removeprefix(f"profile {profile.name}: ")
-        advice = "use a profile for this GPU, or more memory; in a container: docker run --memory 64g ..."
+        advice = _advice_to_fit(profile, machine, limit_gb)
         return Finding("plan", "fail", f"this machine cannot render with {profile.name}: {reason}", advice)
     width, height = list(file_sizes(shot).values())[-1]
     what = f"clips of {clip_length(shot)[0]} frames and" if shot.generate_video else "images of"
     seconds = f"{3600 / planned.shots_per_hour:.3g} s each"
     return Finding("plan", "pass", f"this machine can render {what} {width}x{height} pixels with {profile.name}, at {seconds}")
+
+
+def _advice_to_fit(profile: Profile, machine: Cluster, limit_gb: float | None) -> str:
+    """Say what to do if a profile does not fit a machine. `limit_gb`: memory limit of the container."""
+    needs_gpu = any(section.device == "cuda" for section in profile.actors.values())
+    if needs_gpu and not machine.gpus:
+        return "use a machine with a GPU, or a profile that needs none, such as demo"
+    if limit_gb is None:
+        return "use a profile for this machine, or one with more memory"
+    return "use a profile for this machine, or more memory: docker run --memory 64g ..."
 
 
 def memory_limit_gb(root: Path = Path("/sys/fs/cgroup")) -> float | None:
@@ -494,7 +515,10 @@ def _findings(profile: Profile, name: str) -> Iterator[Finding | None]:
     yield check_wsl(needs_gpu)
     yield check_torch(needs_gpu, torch)
     yield check_onnxruntime()
-    yield check_provider(faces)
+    opencv = check_images()
+    yield opencv
+    if opencv.status == "pass":
+        yield check_provider(faces)
     yield check_cuda_pair(faces, onnxruntime_cuda(), torch.version.cuda)
     yield check_video()
     for path in dict.fromkeys((Path.cwd(), cache_dir(), Path(constants.HF_HUB_CACHE))):

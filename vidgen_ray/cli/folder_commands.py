@@ -22,12 +22,14 @@ from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
+from vidgen_ray.batch.run_options import RecordedOptions
 from vidgen_ray.cli.commands import RESUME, note
 from vidgen_ray.cli.file_options import JsonOption
 from vidgen_ray.cli.options import AddressOption, DryRunOption, GpusOption, OutArgument, WhereOption, ids_where, local_path
 from vidgen_ray.cli.progress_display import counts_line, speed_texts, stage_table
 from vidgen_ray.cli.run_script import (
     ProfileOfLastRunOption,
+    check_rendered_here,
     note_not_pruned,
     options_of_last_run,
     render_again,
@@ -72,7 +74,9 @@ def status(out: OutArgument = "out", as_json: JsonOption = False) -> None:
     if run is not None and (not run.ended or run.error or run.remaining or not has_results):
         _print_run(console, run, is_over=run.ended or is_held(storage) is False)
     if has_results:
-        _print(console, found, storage.url)
+        options = setting_of_last_run(OutputFolder(out), RecordedOptions, "options")
+        is_of_server = options is not None and options.server is not None
+        _print(console, found, "the command of the run" if is_of_server else f"vidgen retry {storage.url}")
     if last is not None:
         cost = "" if last.cost is None else f", {money(last.cost, last.currency)}"
         console.print(f"Last run that ended: {duration(last.seconds)}{cost}", markup=False)
@@ -112,7 +116,8 @@ def _print_run(console: Console, run: RunStatus, *, is_over: bool) -> None:
             console.print(message, markup=False)
 
 
-def _print(console: Console, found: Overview, url: str) -> None:
+def _print(console: Console, found: Overview, retry: str) -> None:
+    """Print the overview. `retry`: how failed lines are rendered again."""
     console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
     space = f"{size(found.shot_bytes)} of images and clips"
     if found.cache_bytes is not None:
@@ -129,7 +134,7 @@ def _print(console: Console, found: Overview, url: str) -> None:
             first = f"{group.script} line {group.line}" if group.line else group.example
             table.add_row(group.stage, group.error, f"{group.count:,}", first, group.message)
         console.print(table)
-        console.print(f"Render them again: vidgen retry {url}", markup=False)
+        console.print(f"Render them again: {retry}", markup=False)
     _print_shots(console, "Slowest shots", "time", found.slowest, duration)
     _print_shots(
         console,
@@ -225,6 +230,7 @@ def verify(
     outputs = OutputFolder(out)
     last = options_of_last_run(outputs, profile) if repair else None
     if last is not None:
+        check_rendered_here(out, last)
         profile_for(last.profile)
     with Console(stderr=True).status(f"Reading {outputs.url}"):
         report = verify_outputs(outputs, repair=repair)
@@ -245,8 +251,9 @@ def verify(
 def _print_damage(report: VerifyReport, *, repaired: bool) -> None:
     for damage in report.damaged:
         typer.echo(f"{damage.path}: {damage.problem}")
-    read = f"{report.shots:,} shots with {size(report.bytes)} and {report.cache_entries:,} cache entries"
-    typer.echo(f"{read} read, {len(report.damaged):,} files damaged or missing")
+    entries = f"{report.cache_entries:,} cache {'entry' if report.cache_entries == 1 else 'entries'}"
+    read = f"{count(report.shots, 'shot')} with {size(report.bytes)} and {entries}"
+    typer.echo(f"{read} read, {count(len(report.damaged), 'file')} damaged or missing")
     for script in sorted(report.scripts):
         typer.echo(f"Some of its lines have no record any more, render it again: {script}")
     if report.damaged and not repaired:
@@ -298,11 +305,12 @@ def watch(
     import uvicorn
 
     from vidgen_ray.report.gallery_page import gallery_app
+    from vidgen_ray.system.http_limits import LimitedHttp
 
     app = gallery_app(out, _reviewer(reviewer))
     listen(_HOST, port).close()
     typer.echo(f"Gallery of {storage_at(out).url}: http://{_HOST}:{port}/. Ctrl-C to stop.", err=True)
-    uvicorn.run(app, host=_HOST, port=port, log_level="warning")
+    uvicorn.run(app, host=_HOST, port=port, log_level="warning", http=LimitedHttp, ws="none")
 
 
 def review(

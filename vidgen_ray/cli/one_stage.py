@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from vidgen_ray.cli.commands import interruptible, note
+from vidgen_ray.cli.commands import interruptible, note, note_no_face
 from vidgen_ray.cli.file_options import JsonOption, LabelledMarkOptions
 from vidgen_ray.cli.options import (
     AspectOption,
@@ -113,6 +113,7 @@ def shot(
         record = pipeline.render(checked)
     for text in (*map(str, record.cut_texts), *(text for step in record.stages for text in step.notes)):
         note(f"note: {text}")
+    note_no_face(record.likeness is not None and record.likeness.image is None, chosen)
     if as_json:
         typer.echo(record.model_dump_json())
     else:

@@ -73,9 +73,9 @@ class RunView(AbstractContextManager["RunView"]):
             self._display.show_status()
 
 
-def run_view() -> RunView:
-    """Return the view for standard error."""
-    console, tracker = Console(stderr=True), ProgressTracker()
+def run_view(before_first_status: str = CONNECTING) -> RunView:
+    """Return the view for standard error. `before_first_status`: as in `ProgressTracker`."""
+    console, tracker = Console(stderr=True), ProgressTracker(before_first_status=before_first_status)
     is_live = console.is_terminal and not console.is_dumb_terminal
     display = TerminalDisplay(console, tracker) if is_live else LineDisplay(console, tracker)
     return RunView(tracker, display)
@@ -170,7 +170,7 @@ class LineDisplay:
                 f"{count(tracker.total, 'shot')}{so_far}, {tracker.skipped:,} already done, {count(rejected, 'line')} rejected"
             )
         if is_first and tracker.remaining:
-            self.note(CONNECTING)
+            self.note(tracker.before_first_status)
 
     def show_finished(self, row: ManifestRow, failure: str | None) -> None:
         """Show that a shot is done or has failed. `failure`: line to print, if any."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import sys
@@ -11,17 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import pyarrow
 import typer
 
 from vidgen_ray.batch.run_options import GRACE_S, RecordedOptions, RenderOptions
-from vidgen_ray.cli.commands import RESUME, handling_signals, interruptible, note
+from vidgen_ray.cli.commands import RESUME, handling_signals, interruptible, note, note_no_face
 from vidgen_ray.cli.file_options import JsonOption, LabelledMarkOptions, check_out
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
@@ -54,7 +52,7 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.cli.progress_display import run_view
 from vidgen_ray.engine.processes import ATTEMPTS
 from vidgen_ray.engine.storage_pause import MAX_WAIT_S
-from vidgen_ray.errors import FieldError, ScriptError, SetupError, UsageError
+from vidgen_ray.errors import ScriptError, SetupError, UsageError
 from vidgen_ray.licences import ShotLicences, UsedWeights, require_licence
 from vidgen_ray.outputs.cleanup import PruneReport, prune_shots
 from vidgen_ray.outputs.folder import OutputFolder, read_last_run
@@ -72,7 +70,7 @@ from vidgen_ray.system.quantities import count, duration, money
 if TYPE_CHECKING:
     from vidgen_ray.batch.render_script import RunReport
 
-SUMMED = ("done", "failed", "skipped", "rejected", "left", "seconds", "gpu_seconds", "lora_loads")
+SUMMED = ("done", "failed", "skipped", "rejected", "left", "seconds", "gpu_seconds", "lora_loads", "without_face")
 """Fields of a report that are added if lines were rendered by several runs."""
 
 
@@ -234,8 +232,8 @@ def render(
         run_option(
             "--to",
             metavar="URL",
-            help="Render as a batch of a server, and download clips and manifest.jsonl. Key: $VIDGEN_API_KEY. Without "
-            "--profile, the server's defaults apply.",
+            help="Render on a server, as a batch, and download its files. Key: $VIDGEN_API_KEY. Without --profile, the "
+            "server's defaults apply.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -244,59 +242,33 @@ def render(
 
     The same command resumes a run. SIGTERM or Ctrl-C stops it after the shots in progress, a second one at once.
     """
+    words = ("vidgen", "render", *map(str, scripts), "--profile")
     if to is not None:
+        from vidgen_ray.cli.render_on_server import ServerRun, check_options, render_on_server
+
+        check_options(ctx)
         chosen = profile_for("demo" if profile == AUTO else profile)
         settings = lines.settings(scripts, chosen, seed, until)
         settings = replace(settings, profile_defaults={}) if profile == AUTO else settings
-        _render_to(to, settings, out, as_json=as_json)
+        check_lines(settings, strict=strict)
+        options = replace(run, command=(*words, profile, *given_words(ctx, RECORDED), "--to", to))
+        render_on_server(ServerRun(to, settings, chosen, options, require), out, as_json=as_json, then_prune=prune)
         return
     chosen = marks.applied(profile_for(profile, detected(run.address, run.cluster)))
     settings = lines.settings(scripts, chosen, seed, until)
-    if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
-        raise ScriptError(errors)
+    check_lines(settings, strict=strict)
     if require is not None:
         require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
     named = chosen.name if profile == AUTO else profile
-    words = ("vidgen", "render", *map(str, scripts), "--profile", named, *given_words(ctx, RECORDED - {"c2pa_key"}))
-    options = replace(run, keep_stages=bool(keep), listener="score" if score else None, command=words)
+    command = (*words, named, *given_words(ctx, RECORDED - {"c2pa_key"}))
+    options = replace(run, keep_stages=bool(keep), listener="score" if score else None, command=command)
     run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 
-def _render_to(url: str, settings: ScriptSettings, out: str, *, as_json: bool) -> None:
-    """Render a script on a server and print the result. Raises SetupError, and typer.Exit unless all shots are done."""
-    try:
-        # A distribution of its own, which vidgen-ray works without.
-        client = import_module("vidgen_client.script_batch")
-    except ImportError as error:
-        raise SetupError(f"--to: needs vidgen-client ({error}); pip install ./clients/python") from None
-    rejected = list[FieldError]()
-
-    def shots() -> Iterator[dict[str, Any]]:
-        for line in iter_script(settings):
-            rejected.extend(line.errors)
-            for shot in () if line.errors else line.shots:
-                yield shot.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-
-    def show(batch: Any) -> None:
-        counts = batch.request_counts
-        note(f"{batch.id} {batch.status}: {counts.completed} of {counts.total} done, {counts.failed} failed")
-
-    async def sent() -> tuple[int, int]:
-        async with client.AsyncClient(url) as server:
-            done, failed = await client.render_to(server, shots(), Path(out), show)
-            return done, failed
-
-    try:
-        done, failed = asyncio.run(sent())
-    except (client.ClientError, OSError) as error:
-        raise SetupError(f"--to {url}: {error}") from None
-    for problem in rejected:
-        note(str(problem))
-    failed += len({(problem.source, problem.line) for problem in rejected})
-    result = {"done": done, "failed": failed}
-    typer.echo(json.dumps(result) if as_json else f"{done} done, {failed} failed. Manifest: {Path(out, client.MANIFEST)}")
-    if failed:
-        raise typer.Exit(1)
+def check_lines(settings: ScriptSettings, *, strict: bool) -> None:
+    """Raise ScriptError with `strict` if a line is invalid."""
+    if strict and (errors := [error for line in iter_script(settings) for error in line.errors]):
+        raise ScriptError(errors)
 
 
 def retry(
@@ -319,19 +291,18 @@ def retry(
     """
     outputs = OutputFolder(out)
     last = options_of_last_run(outputs, profile)
+    check_rendered_here(out, last)
     if rejected or where is not None:
         profile_for(last.profile)
         ids = None if where is None else frozenset(ids_where(outputs.storage, where))
         read = _chosen_lines(outputs, ids, rejected=rejected)
-        if not read():
-            typer.echo("No finished shot is rejected." if where is None else "No shot matches.", err=True)
-            if as_json:
-                typer.echo(json.dumps({"done": 0, "skipped": 0, "failed": 0}))
-            return
+        nothing = "No finished shot is rejected." if where is None else "No shot matches."
     else:
         read = partial(failed_lines, outputs.storage)
-        if not read():
-            raise SetupError(f"{outputs.url}: no line has failed, there is no {FAILURES_FILE}")
+        nothing = "No line has failed."
+    if not read():
+        _print_nothing_to_render(nothing, as_json=as_json)
+        return
     render_again(out, read, last, profile, address, gpus, consent, as_json=as_json)
 
 
@@ -370,8 +341,9 @@ def render_again(
     ended = list[RenderedRun]()
     for wanted in dict.fromkeys(options_of(line, last).model_dump_json() for line in read()):
         recorded = RecordedOptions.model_validate_json(wanted)
+        check_rendered_here(out, recorded)
         chosen = profile_for(profile or recorded.profile).with_provenance(recorded.provenance)
-        run_fields = recorded.model_dump(exclude={"profile", "provenance", "run_seed", "changes"})
+        run_fields = recorded.model_dump(exclude={"profile", "provenance", "run_seed", "changes", "server"})
         options = RenderOptions(address=address, cluster=gpus, **run_fields)
         with interruptible(), held_run(out, options) as lease:
             lines = [line for line in read() if options_of(line, last) == recorded]
@@ -386,8 +358,25 @@ def render_again(
         if ended[-1].is_stopped:
             break
     if not ended:
-        raise SetupError(f"{out}: no line has failed any more")
-    _print_ended(out, ended, as_json=as_json)
+        # Another run has rendered them in the meantime.
+        _print_nothing_to_render("No line has failed.", as_json=as_json)
+        return
+    print_ended(out, ended, as_json=as_json)
+
+
+def _print_nothing_to_render(message: str, *, as_json: bool) -> None:
+    typer.echo(message, err=True)
+    if as_json:
+        typer.echo(json.dumps({"done": 0, "skipped": 0, "failed": 0}))
+
+
+def check_rendered_here(out: str, options: RecordedOptions) -> None:
+    """Raise SetupError if shots with these options were rendered by a server."""
+    if options.server is not None:
+        raise SetupError(
+            f"{out}: was rendered by {options.server}. Run its command again, which sends what has failed or is missing: "
+            f"vidgen render SCRIPT --to {options.server} --out {out}"
+        )
 
 
 def options_of(line: str, last: RecordedOptions) -> RecordedOptions:
@@ -421,6 +410,7 @@ class RenderedRun(NamedTuple):
 
     report: RunReport
     gallery: Path | str | None
+    profile: Profile
 
     @property
     def is_stopped(self) -> bool:
@@ -447,7 +437,7 @@ def run_script(
     checked_start(script, profile)
     with interruptible(), held_run(out, options) as lease:
         ended = _run(script, profile, out, options, lease, then_prune=then_prune)
-    _print_ended(out, [ended], as_json=as_json)
+    print_ended(out, [ended], as_json=as_json)
 
 
 def keep_pandas_out() -> None:
@@ -498,10 +488,10 @@ def _run(
         # A script that cannot be read has no results to show.
         if lease.is_sure and manifest_files(outputs.storage):
             gallery = write_gallery(out)
-    return RenderedRun(report, gallery)
+    return RenderedRun(report, gallery, profile)
 
 
-def _print_ended(out: str, ended: Sequence[RenderedRun], *, as_json: bool) -> None:
+def print_ended(out: str, ended: Sequence[RenderedRun], *, as_json: bool) -> None:
     """Print the results of one or more runs as one. Raises typer.Exit unless all shots are done."""
     reports = [each.report for each in ended]
     sums = {name: sum(getattr(each, name) for each in reports) for name in SUMMED}
@@ -516,6 +506,7 @@ def _print_ended(out: str, ended: Sequence[RenderedRun], *, as_json: bool) -> No
         typer.echo(f"{counts} in {duration(report.seconds)}{cost}." + (f" Gallery: {gallery}" if gallery else ""))
         if report.failed:
             typer.echo(f"Failed lines with their errors: {storage_at(out).place(FAILURES_FILE)}")
+    note_no_face(report.without_face, ended[-1].profile)
     if report.left or not report.complete:
         unread = "" if report.complete else " and the rest of the script"
         note(f"stopped. {count(report.left, 'line')}{unread} not started. {RESUME}")

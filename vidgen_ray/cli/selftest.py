@@ -67,7 +67,7 @@ _MAX_MEAN = 2.0
 """Mean difference in levels of 255 that kinds of devices may have. Measured between instruction sets of a CPU: at most 0.8."""
 _THREADS = 2
 """Threads of torch, which may change bits."""
-_LIBRARIES = "torch", "onnxruntime-gpu", "av"
+_LIBRARIES = "torch", "onnxruntime-gpu", "opencv-python", "av"
 """Distributions whose version may change bits."""
 _OTHER_LIBRARIES = "diffusers", "transformers", "numpy", "ray"
 _Status = Literal["equal", "different", "unknown"]

@@ -7,20 +7,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import resources
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.main import get_command
 
 from vidgen_ray.cli.commands import with_options
 from vidgen_ray.cli.file_options import check_out, details_option
+from vidgen_ray.cli.models import default_shot
 from vidgen_ray.cli.options import ProfileOption
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.planner.cluster import ASSUMED_CPUS_PER_GPU, Cluster, parse_gpus
+from vidgen_ray.planner.choose_layout import plan_run
+from vidgen_ray.planner.cluster import ASSUMED_CPUS_PER_GPU, Cluster, parse_gpus, profile_for
+from vidgen_ray.planner.demand import demand_of
 from vidgen_ray.profile import AUTO
 
 END_S = 60
@@ -29,11 +35,38 @@ OWN_OPTIONS = ("--address", "-a", "--gpus")
 """Options of `vidgen render` that the file sets."""
 SLURM_S = 60
 """Seconds after which a command of Slurm is given up."""
+JOB_START_S = 60
+"""Seconds until a job has started Ray. Assumed."""
+EARLY_S = 60
+"""Seconds by which Slurm may send a signal earlier than at the requested time."""
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+"""A time limit of Slurm."""
+FIXED = re.compile(
+    r"--(?:time|array|nodes|ntasks(?:-.*)?|cpus-per-gpu|gpus(?:-.*)?|gres|exclusive-topo|signal|chdir|wrap|no-requeue)(?:=.*|$)|-[taNnGDc]"
+)
+"""Options of sbatch that the file sets, or that it does not work with."""
+SBATCH = "vidgen.sbatch"
+"""Key of the options behind `--` in the context of the command."""
 
 slurm = typer.Typer(add_completion=False)
 
 
-@slurm.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+class _WithSbatchOptions(TyperCommand):
+    """Command that keeps what stands behind `--` apart."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--" in args:
+            split = args.index("--")
+            ctx.meta[SBATCH] = args[split + 1 :]
+            args = args[:split]
+        return super().parse_args(ctx, args)
+
+
+@slurm.command(
+    cls=_WithSbatchOptions,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="[OPTIONS] [-- OPTIONS OF SBATCH]",
+)
 def command(
     ctx: typer.Context,
     script: Annotated[Path, typer.Argument(help="Script, in a folder that all nodes see.")],
@@ -62,11 +95,16 @@ def command(
         str | None,
         typer.Option("--container", metavar="IMAGE", help="Image for Apptainer. Default: the environment of this command."),
     ] = None,
+    interface: Annotated[
+        str | None,
+        details_option("--interface", metavar="NAME", help="Network interface, such as ib0. Default: that of the node's name."),
+    ] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Submit the file, instead of printing it.")] = False,
 ) -> None:
     """Print the sbatch file that renders a script on a Slurm cluster, or submit it.
 
-    Further options are those of `vidgen render`. The same command resumes, also with another number of nodes.
+    Further options are those of `vidgen render`, and behind `--` those of sbatch, such as -- --mem=200G --mail-type=END.
+    The same command resumes, also with another number of nodes.
     """
     cluster = parse_gpus(gpus)
     if len(set(cluster.nodes)) > 1:
@@ -81,6 +119,8 @@ def command(
     words = ["vidgen", "render", str(script.absolute()), "--out", out if URL.match(out) else str(folder), "--profile", profile]
     words += ctx.args
     grace_s = ceil(_checked_render(words[2:])["grace_s"])
+    if time is not None:
+        _check_time(time, grace_s, profile, Cluster(cluster.nodes[:1]) if array else cluster)
     gpus_per_node = str(len(cluster.nodes[0].gpus))
     if shutil.which("sinfo"):
         try:
@@ -104,7 +144,19 @@ def command(
         "signal": f"B:USR1@{grace_s + END_S}",
         "output": f"{folder}/".replace("%", "%%") + ("slurm-%A_%a.log" if array else "slurm-%j.log"),
     }
-    text = sbatch_file(settings, words if array else [*words, "--gpus", gpus], folder, container, grace_s, is_array=array)
+    # sbatch reads quotes as a shell does.
+    options = [f"--{name}={shlex.quote(str(value))}" for name, value in settings.items() if value is not None]
+    options += ["--requeue", "--open-mode=append", *_sbatch_options(ctx.meta.get(SBATCH, ()))]
+    kind = gpus.replace(" ", "").rsplit("x", 1)[1]
+    variables = {
+        "out": words[4],
+        "folder": str(folder),
+        "grace_s": str(grace_s),
+        # For an array, which GPUs it has is known when it runs.
+        "gpus": "" if array else f"{len(cluster.nodes[0].gpus)}x{kind}",
+        "interface": interface or "",
+    }
+    text = sbatch_file(options, words, variables, container, is_array=array)
     if not submit:
         typer.echo(text, nl=False)
         if not folder.exists():
@@ -115,29 +167,26 @@ def command(
 
 
 def sbatch_file(
-    settings: dict[str, Any], words: list[str], folder: Path, container: str | None, grace_s: int, *, is_array: bool
+    options: Sequence[str], words: Sequence[str], variables: dict[str, str], container: str | None, *, is_array: bool
 ) -> str:
-    """Return the file. `settings`: options of sbatch, without those that are `None`. `words`: command that renders.
-
-    `folder`: where the jobs of an array find each other. `grace_s`: seconds that shots in progress have at the end.
-    """
-    # sbatch reads quotes as a shell does.
-    options = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in settings.items() if value is not None]
-    path = f"export PATH={shlex.quote(str(Path(sys.prefix, 'bin')))}:$PATH\n" if container is None else ""
-    binds = f"--bind {shlex.quote(str(folder))} --bind {shlex.quote(str(Path(words[2]).parent))}"
-    image = "" if container is None else f"apptainer exec --nv {binds} {shlex.quote(container)} "
+    """Return the file. `options`: of sbatch. `words`: command that renders. `variables`: of the script behind them."""
+    path = f"export PATH={shlex.quote(str(Path(sys.prefix, 'bin')))}:$PATH\n"
+    image = ""
+    if container is not None:
+        binds = shlex.quote(f"{Path(words[2]).parent},{variables['folder']}")
+        more = '"${TMPDIR:+,$TMPDIR}${HF_HOME:+,$HF_HOME}${APPTAINER_BIND:+,$APPTAINER_BIND}"'
+        path = f"export APPTAINER_BIND={binds}{more}\n"
+        image = f"apptainer exec --nv {shlex.quote(container)} "
     ours = resources.files(__package__)
     return "\n".join(
         [
             "#!/bin/bash",
-            *options,
-            "#SBATCH --requeue",
-            "#SBATCH --open-mode=append",
+            *(f"#SBATCH {option}" for option in options),
+            "# shellcheck disable=SC1083,SC2034,SC2154,SC2317  # a coprocess, and what traps and srun call",
             "",
             "# Renders a script on the nodes of Slurm jobs. Finished shots are skipped: submit it again at any time.",
             f"command=({shlex.join(words)})",
-            f"folder={shlex.quote(str(folder))}",
-            f"grace_s={grace_s}",
+            *(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
             f'{path}run() {{ exec {image}"$@"; }}',
             "",
             ours.joinpath("slurm_node.sh").read_text(),
@@ -146,13 +195,71 @@ def sbatch_file(
     )
 
 
+def _sbatch_options(words: Sequence[str]) -> list[str]:
+    """Return options of sbatch, a value with its option. Raises UsageError for those of the file itself."""
+    options: list[str] = []
+    for word in words:
+        if "\n" in word:
+            raise UsageError(f"{word!r}: an option of sbatch must be on one line")
+        if FIXED.match(word):
+            raise UsageError(f"{word}: is set by the sbatch file; see the options of vidgen slurm before --")
+        if word.startswith("-"):
+            options.append(shlex.quote(word))
+        elif options:
+            options[-1] += f" {shlex.quote(word)}"
+        else:
+            raise UsageError(f"{word}: behind --, there must be options of sbatch, such as --mem=200G")
+    return options
+
+
+def _check_time(limit: str, grace_s: int, profile: str, cluster: Cluster) -> None:
+    """Raise UsageError for a time limit in which a job cannot finish a shot."""
+    limit_s = _seconds(limit)
+    first_clip_s = 0.0
+    try:
+        chosen = profile_for(profile, lambda: cluster)
+        first_clip_s = plan_run(chosen, demand_of([default_shot(chosen)]), cluster).first_clip_s
+    except VidgenError:
+        pass  # `vidgen render` says why, or has more GPUs than these
+    end_s = grace_s + END_S + EARLY_S
+    lowest = ceil((JOB_START_S + first_clip_s + end_s) / 60)
+    if limit_s is not None and limit_s < lowest * 60:
+        raise UsageError(
+            f"--time: got {limit!r}, must be at least {lowest} minutes: {JOB_START_S + first_clip_s:.0f} s until the first "
+            f"clip, and {end_s} s before the limit to finish shots (--grace {grace_s})"
+        )
+
+
+def _seconds(limit: str) -> int | None:
+    """Return the seconds of a time limit of Slurm, `None` for no limit. Raises UsageError."""
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    found = TIME.fullmatch(limit)
+    if found is None:
+        raise UsageError(
+            f"--time: got {limit!r}, must be minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, such as 8:00:00"
+        )
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is None and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
+
+
 def _checked_render(words: list[str]) -> dict[str, Any]:
     """Return the options of `vidgen render`. Raises what it raises. Otherwise a job would wait for nodes, and then fail."""
     from vidgen_ray.cli.run_script import render
 
     checked = typer.Typer()
     checked.command()(with_options(render))
-    return get_command(checked).make_context("vidgen render", list(words)).params
+    found = get_command(checked)
+    known = {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and name not in known:
+            similar = "".join(f", did you mean {known_name}?" for known_name in get_close_matches(name, known, 1))
+            raise UsageError(f"No such option: {name}{similar or '.'} Options of sbatch come last, behind --")
+    return found.make_context("vidgen render", list(words)).params
 
 
 def _gres(cluster: Cluster, partition: str | None) -> str:
@@ -161,6 +268,8 @@ def _gres(cluster: Cluster, partition: str | None) -> str:
     only = [] if partition is None else [f"--partition={partition}"]
     listed = _slurm("sinfo", "--noheader", "--format=%G", *only).replace(",", "\n").split("\n")
     offered = [part.split("(")[0] for part in listed]
+    if partition is not None and not any(offered):
+        raise SetupError(f"--partition: there is no partition {partition!r}. {_partitions()}")
     if not any(each.startswith("gpu") for each in offered):
         where = "" if partition is None else f" in partition {partition}"
         raise SetupError(
@@ -174,6 +283,11 @@ def _gres(cluster: Cluster, partition: str | None) -> str:
     named = [kind for kind in sorted(kinds) if node.card and model.search(kind.lower()) and not re.search(r"\dg\.\d", kind)]
     count = str(len(node.gpus))
     return f"{max(named, key=lambda kind: sum(word in kind.lower() for word in words))}:{count}" if named else count
+
+
+def _partitions() -> str:
+    names = _slurm("sinfo", "--noheader", "--format=%R").split()
+    return f"This Slurm has: {', '.join(dict.fromkeys(names))}"
 
 
 def _slurm(*words: str, content: str | None = None) -> str:

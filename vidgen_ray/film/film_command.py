@@ -23,6 +23,7 @@ from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.system.console import Console
+from vidgen_ray.system.quantities import count
 
 if TYPE_CHECKING:
     from vidgen_ray.film.film_settings import ShotCandidate
@@ -142,7 +143,9 @@ def film(
         typer.echo(json.dumps(asdict(report)))
         return
     pieces = f"{report.copied} copied, {report.rendered} rendered, {report.reused} unchanged"
-    typer.echo(f"{report.film}: {report.shots} shots, {report.seconds:.1f} s, {report.size}, {report.fps:g} fps ({pieces})")
+    typer.echo(
+        f"{report.film}: {count(report.shots, 'shot')}, {report.seconds:.1f} s, {report.size}, {report.fps:g} fps ({pieces})"
+    )
     for file in (*report.captions, *([report.timeline] if report.timeline else [])):
         typer.echo(file)
 

@@ -128,7 +128,8 @@ class FilmSettings(StrictModel):
     )
     still_s: _Seconds = Field(3.0, description="Seconds of a shot that has an image but no clip, without `duration_s`.")
     captions: Literal["file", "burn", "none"] = Field(
-        "file", description="file: write captions as .srt and .vtt beside the film. burn: also draw them into the picture."
+        "file",
+        description="file: write captions as .srt and .vtt beside the film. burn: draw them into the picture, without files.",
     )
     timeline: Literal["otio", "fcpxml"] | None = Field(
         None,

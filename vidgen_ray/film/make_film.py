@@ -23,6 +23,7 @@ from vidgen_ray.provenance.record import FoundProvenance, InputFile, joined_reco
 from vidgen_ray.provenance.signing import Ingredient, check_signing, sign_file
 from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
+from vidgen_ray.system.quantities import count
 
 
 class Cue(NamedTuple):
@@ -264,7 +265,8 @@ def _with_speech(
 
 def _write_captions(path: Path, timeline: FilmTimeline, settings: FilmSettings) -> tuple[str, ...]:
     """Write the caption files. Those of an earlier film are deleted if there are no captions any more."""
-    found = [] if settings.captions == "none" else cues(timeline)
+    # Players load such files by their name, and would show a burnt-in caption twice.
+    found = cues(timeline) if settings.captions == "file" else []
     written = []
     for suffix, text in ((".srt", srt(found)), (".vtt", vtt(found))):
         file = path.with_suffix(suffix)
@@ -294,5 +296,6 @@ def _notes(timeline: FilmTimeline, settings: FilmSettings, narration_s: float | 
         notes.append("no shot has a caption; set `caption` in the metadata of the shots, or in a film file")
     silent = sum(item.source.settings.narration is not None for item in timeline.items)
     if silent and settings.voice is None:
-        notes.append(f"{silent} shots have a narration, but the film has no voice; set one with --voice")
+        shots = f"{count(silent, 'shot')} {'has' if silent == 1 else 'have'}"
+        notes.append(f"{shots} a narration, but the film has no voice; set one with --voice")
     return notes

@@ -16,7 +16,7 @@ import numpy as np
 from av.codec.context import Flags
 from av.filter import Graph
 
-from vidgen_ray.errors import SetupError, UsageError, install_command
+from vidgen_ray.errors import SetupError, UsageError, import_problem, install_command
 from vidgen_ray.film.film_settings import FilmSettings
 from vidgen_ray.film.picture import OpenFile
 from vidgen_ray.film.pieces import content_key
@@ -63,8 +63,8 @@ def _piper(model: Path) -> Speak:
         raise SetupError(f"voice: must be an existing .onnx file of piper (looked for {model.absolute()})")
     try:
         from piper import PiperVoice
-    except ImportError:
-        raise SetupError(f"voice: piper is not installed; {install_command('narration')}") from None
+    except ImportError as error:
+        raise SetupError(f"voice: {import_problem(error)}; {install_command('narration')}") from None
     try:
         voice = PiperVoice.load(model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -29,9 +29,9 @@ COLOUR_TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "
 class Mp4Settings(StrictModel):
     """Compression settings of clips. Every field changes the bytes of the file."""
 
-    crf: int = Field(18, ge=1, le=51, description="x264 quality; lower is better and larger, 18 is visually lossless")
-    preset: Preset = Field("medium", description="x264 preset; slower presets give smaller files")
-    threads: int = Field(4, ge=1, le=64, description="x264 threads; fixed, because the output depends on the number")
+    crf: int = Field(default=18, ge=1, le=51, description="x264 quality; lower is better and larger, 18 is visually lossless")
+    preset: Preset = Field(default="medium", description="x264 preset; slower presets give smaller files")
+    threads: int = Field(default=4, ge=1, le=64, description="x264 threads; fixed, because the output depends on the number")
 
 
 class VideoWriter:

@@ -49,7 +49,14 @@ def read_image(path: Path, sha256: str | None = None) -> Image:
     with _opened(path, source) as image:
         _check_scans(path, source, image)
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(path, image)
+        return _to_rgb(str(path), image)
+
+
+def rgb_of(image: PILImage.Image) -> Image:
+    """Return an image in memory as `read_image` returns a file of it. Raises MediaError."""
+    name = f"a PIL image of mode {image.mode}"
+    with wrap_errors(f"{name}: cannot be read"):
+        return _to_rgb(name, ImageOps.exif_transpose(image))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -59,7 +66,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     check_image_file(path)
     with _opened(path, path) as image:
-        _check_mode(path, image)
+        _check_mode(str(path), image)
         return image.size
 
 
@@ -67,7 +74,7 @@ def verify_image(path: Path) -> None:
     """Decode an image file and drop the pixels. Needs less memory than `read_image`, and raises the same errors."""
     check_image_file(path)
     with _opened(path, path) as image:
-        _check_mode(path, image)
+        _check_mode(str(path), image)
         _check_scans(path, path, image)
         image.load()
 
@@ -101,11 +108,11 @@ def _check_scans(path: Path, source: Path | io.BytesIO, image: PILImage.Image) -
         raise MediaError(f"{path}: got a JPEG with {scans} scans, must be at most {MAX_JPEG_SCANS}; save it again")
 
 
-def _to_rgb(path: Path, image: PILImage.Image) -> Image:
+def _to_rgb(name: str, image: PILImage.Image) -> Image:
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
-    _check_mode(path, image)
+    _check_mode(name, image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
@@ -113,10 +120,10 @@ def _to_rgb(path: Path, image: PILImage.Image) -> Image:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _check_mode(path: Path, image: PILImage.Image) -> None:
+def _check_mode(name: str, image: PILImage.Image) -> None:
     if image.mode in ("I", "F"):
         # The file does not define which values are black and white.
-        raise MediaError(f"{path}: got 32 bits per channel, must be 8 or 16")
+        raise MediaError(f"{name}: got 32 bits per channel, must be 8 or 16")
 
 
 def encode_png(image: Image, metadata: FileMetadata | None = None) -> bytes:

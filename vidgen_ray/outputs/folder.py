@@ -75,12 +75,13 @@ class ShotDraft:
         provenance: ProvenanceNote | None = None,
         sign: Callable[[Path], bool] = lambda path: False,
         safety: str | None = None,
+        software: Mapping[str, str] | None = None,
     ) -> ShotRecord:
         """Publish the files in the output folder, and `shot.json` last. Raises OSError, also if the run has lost its lease.
 
         `sign` signs a file in place if it is to be signed. Returns whether it was.
 
-        `safety`: the checker that has passed the shot.
+        `safety`: the checker that has passed the shot. `software`: with which it was rendered; default: that of this process.
         """
         files = sorted(self._workspace.iterdir())
         record = ShotRecord(
@@ -91,7 +92,7 @@ class ShotDraft:
             seeds={step.stage: STAGE_BY_NAME[step.stage].generator_seed(self.plan.shot) for step in self.plan.steps},
             stages=tuple(stages),
             files={file.name: _file_record(file, sign) for file in files},
-            software=software_versions(),
+            software=dict(software_versions() if software is None else software),
             cut_texts=self.plan.cut_texts,
             licences=self.plan.licences,
             safety=safety,

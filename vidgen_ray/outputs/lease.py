@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from vidgen_ray.errors import SetupError
+from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.outputs.storage import GONE, LocalStorage, Storage
 from vidgen_ray.system.files import ProcessId, this_process
 
@@ -362,24 +362,39 @@ def _parse(content: bytes | None) -> Holder | None:
 
 
 class PeriodicTask:
-    """Calls `action` every `interval_s` seconds in a daemon thread until `stop`.
+    """Calls `action` every `interval_s` seconds, and after `wake`, in a daemon thread until `stop`.
 
-    The first call comes after one interval. An OSError of `action` is ignored: the next call tries again.
+    The first call comes after one interval. The next call tries again after an error of `action`, which is logged unless it is
+    an OSError or a VidgenError.
     """
 
     def __init__(self, interval_s: float, action: Callable[[], object]) -> None:
         self._interval_s = interval_s
         self._action = action
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def wake(self) -> None:
+        """Let the next call come now, or after the one in progress."""
+        self._woken.set()
+
     def stop(self) -> None:
         """Stop the calls. Waits up to `STOP_S` for a call in progress, which may hang; no further call starts."""
-        self._stopped.set()
+        self._stopped = True
+        self._woken.set()
         self._thread.join(STOP_S)
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._interval_s):
-            with suppress(OSError):
+        while True:
+            self._woken.wait(self._interval_s)
+            self._woken.clear()
+            if self._stopped:
+                return
+            try:
                 self._action()
+            except (OSError, VidgenError):
+                pass
+            except Exception:
+                log.warning("a periodic task failed, trying again", exc_info=True)

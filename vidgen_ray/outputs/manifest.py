@@ -178,6 +178,11 @@ class _Columns(BaseModel):
     committed_at: float | None = None
     """Modification time of the shot's shot.json, in seconds since 1970. Null in an object store."""
 
+    @property
+    def shows_no_face(self) -> bool:
+        """Return whether no face was found in the image of a shot with a face photo."""
+        return self.frames_without_face is not None and self.image_likeness is None
+
     @staticmethod
     def of_shot(
         run: str, script: str, shot: Shot, line: int | None, result: Finished | Failure, last_run: LastRun
@@ -277,7 +282,7 @@ def _setting(name: str) -> tuple[Any, Any]:
     field = Shot.model_fields[name]
     nested: dict[str, Any] = {"face_image": list[str], **dict.fromkeys(LORA_FIELDS, list[dict[str, Any]])}
     kind: Any = nested.get(name, dict[str, Any] if name in STRUCTS else field.annotation)
-    return kind | None, Field(None, description=field.description)
+    return kind | None, Field(default=None, description=field.description)
 
 
 if TYPE_CHECKING:

@@ -106,7 +106,7 @@ class ManifestWriter:
         self._run = run
         self._script = script
         self._lock = threading.Lock()
-        """Held for a moment. While a file is written, which may hang, rows can be added."""
+        """Held for a moment. While a file is written, which may hang, rows can be added: only `flush` and `close` write."""
         self._writing = threading.Lock()
         self._rows: list[ManifestRow] = []
         self._failed: list[str] = []
@@ -119,8 +119,8 @@ class ManifestWriter:
     def add(self, row: ManifestRow, *, fields: Mapping[str, Any] | None = None, replaces: str | None = None) -> None:
         """Add the row of a finished line. Call once per line. `fields`: of a failed line, to render it again.
 
-        `replaces` is the id of the line in an earlier run, if it differs. Rows that cannot be written now are kept and
-        written later; `close` raises OSError if that fails.
+        `replaces` is the id of the line in an earlier run, if it differs. Never waits for the storage. Rows that cannot be
+        written are kept and written later; `close` raises OSError if that fails.
         """
         with self._lock:
             self._rows.append(row)
@@ -129,16 +129,13 @@ class ManifestWriter:
                 self._failed.append(failed_line(row, fields, self._options))
             if replaces is not None:
                 self._replaced_ids.append(replaces)
-            is_full = len(self._rows) >= PART_ROWS or len(self._failed) >= PART_ROWS
-        if is_full and self._writing.acquire(blocking=False):
-            try:
-                with suppress(OSError):
-                    self._write_parts()
-            finally:
-                self._writing.release()
+            # Once for each part: while nothing can be written, not for each row.
+            is_part_full = len(self._rows) % PART_ROWS == 0 or (fields is not None and len(self._failed) % PART_ROWS == 0)
+        if is_part_full:
+            self._flushing.wake()
 
     def flush(self) -> None:
-        """Write the rows added so far. Runs automatically every `FLUSH_S` seconds."""
+        """Write the rows added so far. Runs automatically every `FLUSH_S` seconds, and when a part is full."""
         with self._writing:
             if self._unwritten:
                 self._write_parts()

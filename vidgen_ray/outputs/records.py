@@ -129,7 +129,7 @@ class ShotRecord(StrictModel):
     """Marking of the files. `None` if they are not marked."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
-    encode_s: float | None = Field(None, exclude=True)
+    encode_s: float | None = Field(default=None, exclude=True)
     """CPU seconds of the encoder. Not part of the file. `None` if another process has rendered the shot, or no encoder."""
 
     @property

@@ -32,8 +32,8 @@ class Opinion(BaseModel):
 
     clip_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     verdict: Literal["accept", "reject"] | None = None
-    stars: int | None = Field(None, ge=1, le=5)
-    note: str | None = Field(None, max_length=MAX_NOTE)
+    stars: int | None = Field(default=None, ge=1, le=5)
+    note: str | None = Field(default=None, max_length=MAX_NOTE)
 
 
 class Review(Opinion):
@@ -41,7 +41,7 @@ class Review(Opinion):
 
     id: str
     """Id of a shot with this clip."""
-    who: str | None = Field(None, max_length=MAX_NAME)
+    who: str | None = Field(default=None, max_length=MAX_NAME)
     at: Annotated[AwareDatetime, AfterValidator(lambda at: at.astimezone(UTC))]
 
 

@@ -6,6 +6,7 @@ Both are written whole, from a thread of their own, so that they work in an obje
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,6 +32,7 @@ MAX_UNWRITTEN_BYTES = 16 << 20
 """Size of the log in memory above which lines are dropped, because the storage does not take them."""
 ATTEMPT_FIELDS = {"at", "shot", "stage", "attempt", "outcome", "started_at", "seconds", "waited", "worker"}
 """Fields that every line of an attempt has."""
+_log = logging.getLogger(__name__)
 _SILENT_S = 60.0
 """Age of the status of a run that is still going above which it was killed, or is cut off from the folder."""
 
@@ -158,8 +160,12 @@ class RunLog:
         ended = False
         while not ended:
             ended = self._ended.is_set()
-            with suppress(OSError):
+            try:
                 self._write()
+            except OSError:
+                pass
+            except Exception:
+                _log.warning("the status of the run cannot be written, trying again", exc_info=True)
             if not ended:
                 self._ended.wait(INTERVAL_S)
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidgen_ray.errors import MediaError, SetupError, install_command
+from vidgen_ray.errors import MediaError, SetupError, import_problem, install_command
 from vidgen_ray.media.media_file import wrap_errors
 from vidgen_ray.profile import ProvenanceSettings
 from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, Operation, ProvenanceRecord
@@ -93,8 +93,8 @@ def create_signing_key(path: Path, organisation: str, now: datetime | None = Non
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
         from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-    except ImportError:
-        raise SetupError(f"C2PA keys need the package cryptography: {install_command('c2pa')}") from None
+    except ImportError as error:
+        raise SetupError(f"C2PA keys: {import_problem(error)}; {install_command('c2pa')}") from None
 
     if path.exists():
         raise SetupError(
@@ -309,8 +309,8 @@ def _signature(store: dict[str, Any]) -> Signature:
 def _c2pa() -> Any:
     try:
         import c2pa
-    except ImportError:
-        raise SetupError(f"C2PA signatures need the package c2pa-python: {install_command('c2pa')}") from None
+    except ImportError as error:
+        raise SetupError(f"C2PA signatures: {import_problem(error)}; {install_command('c2pa')}") from None
     return c2pa
 
 

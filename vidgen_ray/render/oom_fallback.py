@@ -12,12 +12,13 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
+from vidgen_ray.nets.torch_private import set_allocator_settings
 from vidgen_ray.planner.cluster import GB, WSL_DEVICE
 from vidgen_ray.planner.gpu_memory import changed_options, too_large_text
 from vidgen_ray.planner.layout import CONTEXT_GB
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory, pins_exact_sizes
+from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory, is_out_of_memory, pins_exact_sizes
 
 _R = TypeVar("_R")
 
@@ -28,18 +29,6 @@ EXACT_PINNED_BLOCKS = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb
 weights of FLUX. They are not cached either: torch 2.13 would give a freed block to a larger tensor (pytorch #192722)."""
 MEMORY_FREED = "memory freed"
 """Recorded for a step that succeeded with unchanged settings after unused memory was freed."""
-OUT_OF_MEMORY = (
-    "out of memory",
-    "Failed to allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "Unable to find a valid cuDNN algorithm",
-)
-"""Texts in the errors of torch and the CUDA driver, of onnxruntime, cuBLAS, cuDNN and cuSOLVER. torch reports the last one if
-no convolution algorithm finds room for its workspace."""
-
 SizeKey = tuple[object, ...]
 """Stage and the fields of a shot that decide how much memory it needs."""
 
@@ -55,13 +44,17 @@ class OomFallback:
         self._free_bytes = free_bytes
         self._needed: dict[SizeKey, StageParams] = {}
 
-    def run(self, stage: Stage[Any], shot: Shot, work: Callable[[], _R]) -> tuple[_R, str | None]:
+    def run(
+        self, stage: Stage[Any], shot: Shot, work: Callable[[], _R], prepare: Callable[[], None] = lambda: None
+    ) -> tuple[_R, str | None]:
         """Return `work()`, retried if it runs out of memory: after freeing memory, then with lower-memory settings.
 
         The first attempt uses the settings with which the shot is planned to fit. The second value tells what differs from the
         stage's own settings or what helped, `None` if nothing was needed. Lower-memory settings may change the bytes.
+        `prepare` is called first, and once more if it runs out of memory. It moves weights, whose size settings do not change.
         Raises OutOfMemory if even the lowest settings do not fit. Other errors are raised unchanged.
         """
+        prepared_twice = self._prepare(prepare)
         own: StageParams = stage.params
         key = _size_key(stage, shot)
         first = self._needed.get(key) or self._planned(stage, shot)
@@ -80,12 +73,27 @@ class OomFallback:
                 if params is not own:
                     self._needed[key] = params
                     return result, changed_options(own, params)
-                return result, MEMORY_FREED if freed else None
+                return result, MEMORY_FREED if freed or prepared_twice else None
             # The error references tensors, so memory can be freed only after its block ends.
             free_gpu_memory()
             params = params if not freed else next(lower, None)
             freed = True
         raise OutOfMemory(_exhausted(stage, shot, message))
+
+    @staticmethod
+    def _prepare(prepare: Callable[[], None]) -> bool:
+        """Call `prepare`, once more after freeing memory if it runs out of memory. Return whether it did."""
+        try:
+            prepare()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return False
+        # The error references tensors, so memory can be freed only after its block ends.
+        free_gpu_memory()
+        prepare()
+        return True
 
     def _planned(self, stage: Stage[Any], shot: Shot) -> StageParams:
         """Return the first settings with which the shot should fit into the free memory; the lowest ones if none do."""
@@ -130,13 +138,6 @@ def _exhausted(stage: Stage[Any], shot: Shot, message: str) -> str:
     return f"out of GPU memory, also with the lowest-memory settings of {stage.name}: {message.splitlines()[0]}{hint}"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error means that host or GPU memory ran out."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
-    )
-
-
 def total_gpu_gb() -> float | None:
     """Return the memory of this process's GPU in GB. `None` without a GPU."""
     torch = sys.modules.get("torch")
@@ -160,7 +161,7 @@ def prepare_gpu(share: float, gpu_gb: float = 0.0) -> None:
         return
     if settings := allocator_settings():
         try:
-            torch.cuda.memory._set_allocator_settings(settings)
+            set_allocator_settings(settings)
         except Exception as error:
             warnings.warn(f"torch {torch.__version__} does not accept the allocator settings {settings}: {error}", stacklevel=2)
     properties = torch.cuda.get_device_properties(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,8 @@ class StepRunner:
         stage.take_notes()  # those of a failed call
         try:
             self._check_weights(stage, step, shot)
-            self.swapper.ensure_on_gpu(step.stage)
-            result, recovered = self._fallback.run(stage, shot, lambda: stage.run_chunk(shot, frames, chunk))
+            move = partial(self.swapper.ensure_on_gpu, step.stage)
+            result, recovered = self._fallback.run(stage, shot, lambda: stage.run_chunk(shot, frames, chunk), move)
             scale = stage.scale_factor(shot)
             expected = (n_frames, frames.shape[1] * scale, frames.shape[2] * scale, 3)
             if wrong := _wrong_array("a clip", result, expected):
@@ -247,12 +248,12 @@ class StepRunner:
                 cached = None
             if cached is None:
                 self._check_weights(stage, step, plan.shot)
-                self.swapper.ensure_on_gpu(step.stage)
                 ready = with_images(item, stage.needs(item.shot), plan.inputs)
                 if self._safety is not None and "image" in ready.artefacts and "image" not in item.artefacts:
                     self._safety.check_image(ready.image)
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts, step.key)
-                result, recovered = self._fallback.run(stage, plan.shot, lambda: stage(local))
+                move = partial(self.swapper.ensure_on_gpu, step.stage)
+                result, recovered = self._fallback.run(stage, plan.shot, lambda: stage(local), move)
                 if wrong := _wrong_pixels(stage, plan.shot, result) or _wrong_colour(result, ready.artefacts.get("image")):
                     raise WrongResult(f"the model made {wrong}; it may be the model of another stage, or the GPU is faulty")
                 self._check_safety(result)

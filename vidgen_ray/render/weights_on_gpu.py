@@ -79,7 +79,10 @@ class WeightSwapper:
         """`stages`: loaded stages by name. It may grow."""
         self._stages = stages
         self._groups = groups
-        self._on_gpu: Sequence[str] = ()
+        self._was_swapped = {name for group in groups for name in group}
+        """Stages that are or were in a group."""
+        self._on_gpu: Sequence[str] | None = ()
+        """The group on the GPU. `None`: unknown, because a move has failed."""
 
     def load(self) -> None:
         """Load every stage. A stage of a group is moved to host memory before the next one is loaded."""
@@ -90,35 +93,42 @@ class WeightSwapper:
                 stage.move("cpu")
 
     def regroup(self, groups: Sequence[Sequence[str]]) -> None:
-        """Use other groups from now on. Loaded stages of the new groups move to host memory, the others to the GPU."""
+        """Use other groups from now on. Loaded stages of the new groups move to host memory, the others to the GPU.
+
+        After an error, the next call of `ensure_on_gpu` moves what is left.
+        """
         if groups == self._groups:
             return
-        before = {name for group in self._groups for name in group}
-        after = {name for group in groups for name in group}
-        for name in after & self._stages.keys():
-            self._stages[name].move("cpu")
-        free_gpu_memory()
-        for name in (before - after) & self._stages.keys():
-            self._stages[name].move(self._stages[name].params.device)
-        self._groups, self._on_gpu = groups, ()
+        self._groups, self._on_gpu = groups, None
+        self._was_swapped |= {name for group in groups for name in group}
+        self._arrange(())
 
     def ensure_on_gpu(self, name: str) -> None:
         """Move the stage's group to the GPU, and the group that is there to host memory.
 
-        The stage itself may be loaded afterwards: there is room for it.
+        The stage itself may be loaded afterwards: there is room for it. After an error, no group is on the GPU.
         """
-        group = next((group for group in self._groups if name in group), None)
-        if group is None or group == self._on_gpu:
+        group = next((group for group in self._groups if name in group), ())
+        if self._on_gpu is not None and group in ((), self._on_gpu):
             return
-        self._move_out()
-        for member in group:
-            if member in self._stages:
-                self._stages[member].move(self._stages[member].params.device)
+        self._arrange(group)
+
+    def _arrange(self, group: Sequence[str]) -> None:
+        """Move all stages to where they belong while this group is on the GPU. Those that are there already stay."""
+        self._on_gpu = None
+        in_groups = {name for group in self._groups for name in group}
+        self._move(in_groups - {*group}, to_gpu=False)
+        free_gpu_memory()
+        try:
+            self._move((self._was_swapped - in_groups) | {*group}, to_gpu=True)
+        except BaseException:
+            self._move(group, to_gpu=False)
+            free_gpu_memory()
+            raise
         self._on_gpu = group
 
-    def _move_out(self) -> None:
-        for other in self._on_gpu:
-            if other in self._stages:
-                self._stages[other].move("cpu")
-        self._on_gpu = ()
-        free_gpu_memory()
+    def _move(self, names: Iterable[str], *, to_gpu: bool) -> None:
+        for name in names:
+            if name in self._stages:
+                stage = self._stages[name]
+                stage.move(stage.params.device if to_gpu else "cpu")

@@ -20,7 +20,7 @@ function setData(data) {
   const swept = rows.filter((row) => row.axes);
   if (new Set(swept.map((row) => row.place)).size > 1) for (const row of swept) row.axes = { line: row.place, ...row.axes };
   axes = [...new Set(swept.flatMap((row) => Object.keys(row.axes)))];
-  $("title").textContent = `${data.total.toLocaleString("en")} shots`;
+  $("title").textContent = `${data.total.toLocaleString("en")} ${data.total === 1 ? "shot" : "shots"}`;
   $("counts").textContent = Object.entries(data.counts).filter(([, n]) => n).map(([status, n]) => `${n.toLocaleString("en")} ${status}`).join(", ")
     + (rows.length < data.total ? `. Showing the first ${rows.length.toLocaleString("en")}; manifest/ lists all.` : "");
   const run = data.run;
@@ -34,7 +34,8 @@ function setData(data) {
     if (!filters.elements[name]) $("axes").append(element("label", {}, nameOfAxis(axis), element("select", { name })));
     fill(filters.elements[name], "all", valuesOf(axis, rows));
   }
-  const { sort } = filters.elements;
+  const { sort, faceless } = filters.elements;
+  faceless.closest("label").hidden = !faceless.checked && !rows.some((row) => row.no_face);
   if (scores.join() !== data.scores.join()) {
     const before = sort.value;
     scores = data.scores;
@@ -62,7 +63,7 @@ function fill(select, none, options, least = 2, text = (value) => value) {
 }
 
 function filter() {
-  const { text, status, verdict, stars, character, style, lora, likeness, below, sort, reversed, ...others } = Object.fromEntries(new FormData(filters));
+  const { text, status, verdict, stars, character, style, lora, likeness, faceless, below, sort, reversed, ...others } = Object.fromEntries(new FormData(filters));
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
   sortedBy = scores.indexOf(sort.replace("score:", ""));
   filters.elements.below.closest("label").hidden = sortedBy < 0;
@@ -70,7 +71,7 @@ function filter() {
     const content = `${row.id} ${row.prompt ?? ""} ${row.scene ?? ""} ${row.caption ?? ""} ${row.missing ?? ""}`.toLowerCase();
     return words.every((word) => content.includes(word)) && (!status || row.status === status) && (!character || row.character === character)
       && (!verdict || row.clip && (row.review?.verdict ?? "none") === verdict) && (row.review?.stars ?? 0) >= Number(stars)
-      && (!style || row.style === style) && (!lora || row.loras?.includes(lora)) && (!likeness || worst(row) < Number(likeness))
+      && (!style || row.style === style) && (!lora || row.loras?.includes(lora)) && (!likeness || worst(row) < Number(likeness)) && (!faceless || row.no_face)
       && (sortedBy < 0 || !below || (scoreOf(row, sortedBy) ?? Infinity) < Number(below))
       && axes.every((axis) => !others[`axis:${axis}`] || row.axes?.[axis] === others[`axis:${axis}`]);
   });

@@ -89,6 +89,10 @@ class GalleryRows(NamedTuple):
     """Names of the values in `scores` of a row: of `vidgen score`, those that differ between clips."""
 
 
+NO_FACE = -1.0
+"""`likeness` of a row if a face was looked for and none was found."""
+
+
 def gallery_rows(storage: Storage, limit: int = _MAX_SHOTS) -> GalleryRows:
     """Return the rows of a gallery, at most `limit`. Reads one small file per finished shot. Raises OSError."""
     counts: Counter[str] = Counter(done=0, failed=0)
@@ -121,6 +125,8 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
     shown |= {name: str(row["metadata"][name]) for name in _LABELS if row["metadata"].get(name)}
     place = f"{row['script']}, line {row['line']}" if row["line"] else row["script"]
     shown |= {"place": place, "axes": _axes(row), "likeness": _likeness(row)}
+    if shown["likeness"] == NO_FACE or (shown["likeness"] is not None and row["image_likeness"] is None):
+        shown["no_face"] = True
     size = (row["hd_width"] or row["width"], row["hd_height"] or row["height"])
     shown["aspect"] = size[0] / size[1] if size[0] and size[1] else None
     about = {"Prompt": row["prompt"], "Script": place, "Scene": shown.get("scene"), "Caption": row["metadata"].get("caption")}
@@ -132,7 +138,7 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         details = _recorded_details(storage, folder, row["ended_at"]) if folder else {}
         length = length_text(row["duration_s"]) if row["duration_s"] else None
         worst = shown["likeness"]
-        likeness = None if worst is None else "no face found" if worst < -0.99 else f"likeness {worst:.2f}"
+        likeness = None if worst is None else "no face found" if worst == NO_FACE else f"likeness {worst:.2f}"
         cost = f"cost {amount_text(row['cost'])} {row['currency'] or ''}".rstrip() if row["cost"] else None
         shown["facts"] = [part for part in (length, dimensions_text(*size) if size[0] else None, likeness, cost) if part]
         about |= {"Length": length, "Likeness at rendering": likeness_text(row)}
@@ -212,7 +218,7 @@ def _likeness(row: Mapping[str, Any]) -> float | None:
     if row["frames_without_face"] is None:
         return None
     worst = row["image_likeness"] if row["num_frames"] is None else row["clip_likeness_worst"]
-    return -1.0 if worst is None else round(worst, 3)
+    return NO_FACE if worst is None else round(worst, 3)
 
 
 def likeness_text(row: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Check one line of a script: fill in defaults and characters, validate the fields and look for its files."""
 
+import hashlib
 import os
 import re
 import stat
@@ -8,12 +9,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.content_keys import CutText
-from vidgen_ray.errors import NOT_A_URL, URL_START, FieldError, ScriptError, SetupError, explain, in_json, shortened_value
+from vidgen_ray.errors import (
+    NOT_A_URL,
+    URL_START,
+    FieldError,
+    MediaError,
+    ScriptError,
+    SetupError,
+    explain,
+    in_json,
+    shortened_value,
+)
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.media.media_file import load_font, missing_letter
@@ -31,6 +43,7 @@ from vidgen_ray.safety import (
 )
 from vidgen_ray.script.expansion import (
     CHOSEN,
+    LINE_PROMPT,
     MATRIX_NUMBER,
     STYLE,
     expand,
@@ -165,7 +178,9 @@ class LineChecker:
             line.fields = self._with_defaults(line, own, "")
             try:
                 for number, (fields, suffix, values, chosen) in enumerate(expand(own)):
-                    place = {MATRIX: values or None, CHOSEN: chosen or None, MATRIX_NUMBER: number} if values or chosen else {}
+                    place: dict[str, Any] = {LINE_PROMPT: values.get("prompt", own.get("prompt"))}
+                    if values or chosen:
+                        place |= {MATRIX: values or None, CHOSEN: chosen or None, MATRIX_NUMBER: number}
                     named = self._with_names(line, self._with_defaults(line, fields, suffix), fields, place)
                     self._add_shots(line, fields, named)
             except WrongField as error:
@@ -214,13 +229,14 @@ class LineChecker:
         return fields
 
     def _with_names(
-        self, line: Line, fields: dict[str, Any], own: Mapping[str, Any], place: Mapping[str, Any] | None = None
+        self, line: Line, fields: dict[str, Any], own: Mapping[str, Any], place: Mapping[str, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
         """Return the fields with those of the character and the style. Their names and `place` are in the metadata only.
 
         They exist only in this script, but the line may move to failures.jsonl.
         """
         character, style = fields.pop("character", None), fields.pop(STYLE, None)
+        line_prompt = place.get(LINE_PROMPT) or fields.get("prompt")
         try:
             fields, character = with_character(fields, own, self.header.characters, character)
             if style is not None:
@@ -229,7 +245,9 @@ class LineChecker:
             line.reject(error.field, error.got, error.allowed)
             names = {"character": character, STYLE: style}
             return {**fields, **{name: value for name, value in names.items() if value is not None}}
-        labels = {"scene": line.scene, "character": character, STYLE: style, **(place or {})}
+        labels = {"scene": line.scene, "character": character, STYLE: style, **place}
+        may_differ = any(labels.get(name) for name in ("character", STYLE, CHOSEN))
+        labels[LINE_PROMPT] = line_prompt if may_differ and isinstance(line_prompt, str) else None
         labels = {name: label for name, label in labels.items() if label is not None}
         metadata = fields.get("metadata") or {}
         return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields
@@ -578,18 +596,36 @@ class ShippedPhoto(NamedTuple):
     name: str
     """File in `examples/faces`."""
     bytes: int
+    side: int
+    """Width and height in pixels."""
+    pixels: str
+    """sha256 of the RGB pixels, by which a copy is known that a program has decoded and written again."""
 
 
 SHIPPED_PHOTOS = {
-    "cb2d7d8680b3450e4851c19fb0471d5cb90f1089d097deddae60c4b88d5bd5bf": ShippedPhoto("ada (drawn)", "ada.png", 9942),
-    "69b36e8e41819d71388d2c2a6632298dc3c868661c05f2bd97bdc7c578ae9190": ShippedPhoto("bo (drawn)", "bo.png", 11332),
-    "1bc8c08c652c7217fff665d60318ad464259f5ede9d693559578aeec0a601147": ShippedPhoto("cleo (drawn)", "cleo.png", 11877),
-    "36857b6ad04ceb78e932c3b1cb37f902255afd53fa15eb2f228654ca34de43ad": ShippedPhoto("dan (drawn)", "dan.png", 12217),
-    "11bb779f62bc185ae7184a38d6ffbbc6395408231e90642e8bb9ba094f783427": ShippedPhoto("eve (drawn)", "eve.png", 9252),
-    "370adb9cb9dd03ca911ea316fb227495e01095398bc1f71188a3995209b9c81a": ShippedPhoto("Eileen Collins", "astronaut.jpg", 74962),
+    "cb2d7d8680b3450e4851c19fb0471d5cb90f1089d097deddae60c4b88d5bd5bf": ShippedPhoto(
+        "ada (drawn)", "ada.png", 9942, 256, "316893fb33d714187ac92bf939c1aa240cb9275e90a280d99f25d177384f29ca"
+    ),
+    "69b36e8e41819d71388d2c2a6632298dc3c868661c05f2bd97bdc7c578ae9190": ShippedPhoto(
+        "bo (drawn)", "bo.png", 11332, 256, "2a354d0c7d85946e37a0e1a5c8aa16a8a9d5c340feb8553c7a2754af23c39144"
+    ),
+    "1bc8c08c652c7217fff665d60318ad464259f5ede9d693559578aeec0a601147": ShippedPhoto(
+        "cleo (drawn)", "cleo.png", 11877, 256, "9b32e923716df1114f7f56ccfc4d96fe80e85af8eb7f208b080e0082315abfa4"
+    ),
+    "36857b6ad04ceb78e932c3b1cb37f902255afd53fa15eb2f228654ca34de43ad": ShippedPhoto(
+        "dan (drawn)", "dan.png", 12217, 256, "0a1842a35113d9ac93925fe2384fc36b29d1f9ac19e39f454674af1fed9a4c04"
+    ),
+    "11bb779f62bc185ae7184a38d6ffbbc6395408231e90642e8bb9ba094f783427": ShippedPhoto(
+        "eve (drawn)", "eve.png", 9252, 256, "512646bd7e32e00ac553008349792bd6f23f9faeda1adee1ce5af3a5736b543c"
+    ),
+    "370adb9cb9dd03ca911ea316fb227495e01095398bc1f71188a3995209b9c81a": ShippedPhoto(
+        "Eileen Collins", "astronaut.jpg", 74962, 512, "1aa869c97ca028d3a740a3096ac7cad74e1185d121793b6f896fef3ff2382b62"
+    ),
 }
 """sha256 -> photo: drawn people, and a portrait in the public domain."""
 SHIPPED_SIZES = {photo.bytes for photo in SHIPPED_PHOTOS.values()}
+SHIPPED_SIDES = {(photo.side, photo.side) for photo in SHIPPED_PHOTOS.values()}
+SHIPPED_PIXELS = {photo.pixels: photo for photo in SHIPPED_PHOTOS.values()}
 
 
 def consent_for_photos(photos: Sequence[str], declared: Consent | None, *, required: bool) -> Consent | None:
@@ -600,6 +636,9 @@ def consent_for_photos(photos: Sequence[str], declared: Consent | None, *, requi
     if declared is not None and declared.basis != "demo":
         return declared
     found = [_shipped(Path(photo)) for photo in photos]
+    if required or declared is not None:
+        # Only of photos that would be refused.
+        found = [photo or _shipped_pixels(Path(path)) for photo, path in zip(found, photos, strict=True)]
     shipped = [photo for photo in found if photo is not None]
     if len(shipped) == len(found):
         subject = ", ".join(dict.fromkeys(photo.subject for photo in shipped))
@@ -622,6 +661,17 @@ def _shipped(photo: Path) -> ShippedPhoto | None:
     return None
 
 
+def _shipped_pixels(photo: Path) -> ShippedPhoto | None:
+    """Return the shipped photo with the pixels of this image, or `None`. Decodes only images that have the size of one."""
+    # Imported here: scripts without images need no pixels.
+    from vidgen_ray.media.images import image_size, read_image
+
+    with suppress(MediaError):
+        if image_size(photo) in SHIPPED_SIDES:
+            return SHIPPED_PIXELS.get(hashlib.sha256(read_image(photo).tobytes()).hexdigest())
+    return None
+
+
 def check_shot(
     fields: Mapping[str, Any],
     source: str,
@@ -634,7 +684,10 @@ def check_shot(
     checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, policy=policy)
     line = checker.check(Line(0, dict(fields), strict=False))
     if len(line.shots) > 1:
-        line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
+        # A line of choices or a matrix is several shots without `variants`.
+        field = "variants" if "variants" in fields else MATRIX if MATRIX in fields else "prompt"
+        allowed = "must be one; choices {a|b}, a matrix and variants are for scripts (vidgen render)"
+        line.reject(field, f"{len(line.shots)} shots", allowed)
     if line.errors:
         raise ScriptError(line.errors)
     return line.shot

@@ -198,6 +198,8 @@ MATRIX_NUMBER = "matrix_number"
 """Key in the metadata of a shot of a `matrix`, or with choices: its number among those of its line, from 0."""
 CHOSEN = "choices"
 """Key in the metadata of a shot with choices: their options (`sunny|rainy`) -> the option that was chosen."""
+LINE_PROMPT = "line_prompt"
+"""Key in the metadata of a shot with a character, a style or choices: the prompt as its line has it."""
 STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
 _TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")

@@ -10,7 +10,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -83,6 +82,9 @@ def check_columns(
     if duplicates := [name for name, count in Counter(columns).items() if count > 1]:
         raise file_error(path, f"the column {duplicates[0][:40]!r} twice", "must appear only once")
     if unknown := [name for name in columns if not is_known(name)]:
+        if unknown == [""]:
+            allowed = "must have a name in the first row, or no cells; with pandas: to_csv(..., index=False)"
+            raise file_error(path, "a column without a name", allowed)
         named = ", ".join(repr(name[:40]) for name in unknown[:_MAX_NAMED]) + (", ..." if len(unknown) > _MAX_NAMED else "")
         keep = f"--map {shlex.quote(f'{unknown[0]}=FIELD')} --keep-columns"
         allowed = f"{known_fields(unknown[0], FIELDS)}; add {keep}, which copies the other unknown ones to metadata"
@@ -188,6 +190,8 @@ _NUMBERS = number_fields(Shot)
 DIGITS = re.compile(r"\d+")
 NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 BOOLEAN_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation is bool)
+NAMELESS = ("", METADATA_PREFIX)
+"""Names of columns without a name, as they are and with `--keep-columns`."""
 MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "NA", "N/A"))
 """Cells that tools write for missing numbers."""
 
@@ -206,19 +210,26 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
 
     separator = max(SEPARATORS, key=known_and_all) if stated is None else stated[1]
     before = 0 if stated is None else 1
-    rows = csv.DictReader(chain([first] if first else [], texts), strict=True, delimiter=separator, skipinitialspace=True)
+    second = next(texts, None)
+    read = chain([first] if first else [], [] if second is None else [second], texts)
+    rows = csv.DictReader(read, strict=True, delimiter=separator, skipinitialspace=True)
     try:
         names = [normal_name(name, columns) for name in rows.fieldnames or []]
     except csv.Error as error:
         raise file_error(path, "an invalid first row", f"must contain the column names ({error})") from None
     # Spreadsheets write separators for empty columns at the end of every row.
-    while names and names[-1] in ("", METADATA_PREFIX):
+    while names and names[-1] in NAMELESS:
         names.pop()
-    rows.fieldnames = names
-    if not all(map(is_known, names)):
-        with suppress(csv.Error, StopIteration):
-            check_columns(path, names, row=next(rows))
-    check_columns(path, names)
+    first_row = dict(enumerate(_cells(second or "", separator)))
+    # Those between others are skipped, too. Their numbers replace their names.
+    unused = [number for number, name in enumerate(names) if name in NAMELESS and not first_row.get(number, "").strip()]
+    keys: list[Any] = [number if number in unused else name for number, name in enumerate(names)]
+    check_columns(
+        path,
+        [key for key in keys if isinstance(key, str)],
+        row={name: first_row.get(number) for number, name in enumerate(names)},
+    )
+    rows.fieldnames = keys
     may_be_missing = _NUMBERS | BOOLEAN_FIELDS
 
     def lines() -> Lines:
@@ -251,6 +262,10 @@ def read_csv(path: Path, columns: Columns) -> tuple[Header, Lines]:
                 yield unreadable_line(path.name, end, "more cells than columns", allowed, text=text)
                 continue
             cells = {name: cell.strip() for name, cell in row.items() if cell is not None}
+            if filled := [number for number in unused if cells.pop(number, "")]:
+                allowed = "must have a name in the first row, or no cells"
+                yield unreadable_line(path.name, end, f"a cell in column {filled[0] + 1}", allowed, text=str(cells))
+                continue
             fields = {name: cell for name, cell in cells.items() if cell and not (cell in MISSING and name in may_be_missing)}
             if fields:
                 yield Line(end, nest_metadata(parse_text_fields(fields)), strict=False)
@@ -439,7 +454,7 @@ def table_lines(
     to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     columns: Columns = DEFAULT_NAMES,
 ) -> Lines:
-    """Yield the rows of a pyarrow table as lines without numbers. `to_fields` maps a row to the fields of a line.
+    """Yield the rows of a pyarrow table as lines without numbers. `to_fields` maps a row, with `None` for nulls, to fields.
 
     A row that cannot be read, or for which `to_fields` raises, is an unreadable line. `name`: of the data set, for messages.
     """
@@ -448,15 +463,16 @@ def table_lines(
             if isinstance(row, Exception):
                 yield unreadable_line(name, 0, "a row that cannot be read", f"must be plain data ({row})")
                 continue
-            fields = {name: value for name, value in row.items() if not _is_missing(value)}
             try:
-                line = Line(0, plain_fields(to_fields(fields) if to_fields else fields))
+                # With its nulls, as Ray Data, pandas and datasets pass a row to a function.
+                line = Line(0, plain_fields(to_fields(dict(row)) if to_fields else row))
                 _rename(line, columns)
                 yield line
             # An error of the caller's function concerns this row only.
             except Exception as error:
                 allowed = f"to_fields raised {type(error).__name__}: {error}"
-                yield unreadable_line(name, 0, shortened_value(fields), allowed, text=shortened_value(fields))
+                shown = shortened_value({column: value for column, value in row.items() if not _is_missing(value)})
+                yield unreadable_line(name, 0, shown, allowed, text=shown)
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

@@ -37,9 +37,11 @@ def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenEr
     return [(field, error) for field, error in checked if error is not None]
 
 
-def file_problem(shot: Shot, profile: Profile, source: str, line: int | None = None) -> ScriptError | None:
-    """Return the error of a shot with a file that cannot be used, by its header. `None` if there is none."""
-    wrong = check_files(shot) or check_lora_sizes(shot, profile)
+def file_problem(
+    shot: Shot, profile: Profile, source: str, line: int | None = None, *, decode: bool = False
+) -> ScriptError | None:
+    """Return the error of a shot with a file that cannot be used, `None` if there is none. `decode`: see `check_files`."""
+    wrong = check_files(shot, decode=decode) or check_lora_sizes(shot, profile)
     errors = [FieldError(source, line, field, "an unusable file", str(error)) for field, error in wrong]
     return ScriptError(errors) if errors else None
 

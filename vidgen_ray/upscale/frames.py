@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from av.codec import codecs_available
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from pydantic import Field
@@ -179,8 +180,13 @@ class EncodeSettings(Mp4Settings):
     """Compression of upscaled videos. Every field changes the bytes of the file."""
 
     codec: Codec = "h264"
-    crf: int = Field(18, ge=0, le=63)
+    crf: int = Field(default=18, ge=0, le=63)
     """Quality, lower is better and larger. The scale depends on the codec."""
+
+
+def codec_of_deep_videos() -> Codec:
+    """Return the codec for more than 8 bits: HEVC, which hardware decodes, or H.264 if FFmpeg has no encoder of it."""
+    return "hevc" if ENCODERS["hevc"] in codecs_available else "h264"
 
 
 def write_segment(

@@ -120,9 +120,9 @@ class EngineSettings(StrictModel):
     engine: Literal["torch", "openvino"] = "torch"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    threads: int = Field(1, ge=1)
+    threads: int = Field(default=1, ge=1)
     """CPU threads of one worker."""
-    parallel_calls: int = Field(1, ge=1)
+    parallel_calls: int = Field(default=1, ge=1)
     """Calls that a worker runs at the same time, each with an equal share of its threads."""
     tile_px: int | None = None
     """Side of square tiles. `None` processes whole frames."""

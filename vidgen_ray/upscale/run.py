@@ -28,7 +28,7 @@ from vidgen_ray.profile import DEFAULT_PROVENANCE, Detail, Profile, ProvenanceSe
 from vidgen_ray.provenance.record import InputFile, Operation, ProvenanceRecord, SourceType, altered_record, metadata_of
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import ChunkedStage, StageParams, report_progress
+from vidgen_ray.stages.base import ChunkedStage, StageParams, progress_reporter
 from vidgen_ray.stages.realesrgan import RealESRGANStage, weights_file
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.system.cache_dir import digest
@@ -301,6 +301,9 @@ def process_clip(profile: Profile, stage: type[ChunkedStage[Any]], shot: Shot, s
         shot=shot,
     )
     settings = choose_settings(options.model, params.device, 1)
+
+    # Frames are counted in threads.
+    report_progress = progress_reporter()
 
     def report(done: int, total: int, made: int) -> None:
         report_progress(stage.name, done, total)

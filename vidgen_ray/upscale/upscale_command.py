@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +26,8 @@ from vidgen_ray.nets.deferred_imports import deferred_packages
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import DEFAULT_PROVENANCE
 from vidgen_ray.system.console import LINE_EVERY_S, Console
-from vidgen_ray.system.quantities import duration
-from vidgen_ray.upscale.frames import DEFAULT_CRF, DEFAULT_PRESET, Codec, EncodeSettings
+from vidgen_ray.system.quantities import count, duration
+from vidgen_ray.upscale.frames import DEFAULT_CRF, DEFAULT_PRESET, Codec, EncodeSettings, codec_of_deep_videos
 from vidgen_ray.upscale.join import FORMATS
 from vidgen_ray.upscale.network import (
     BUILTIN_MODELS,
@@ -51,8 +51,12 @@ from vidgen_ray.upscale.run import (
 from vidgen_ray.upscale.segments import SegmentFailed, Threads
 from vidgen_ray.upscale.source import read_source, timeline_of
 
+_FOLDER_SUFFIXES = (*CLIP_SUFFIXES, ".gif", ".qt", ".3gp", ".3g2", ".f4v", ".m2t", ".mk3d")
+"""Endings of the videos of a folder: those of the formats that can be read."""
+_NAMED_FILES = 5
+"""Other files of a folder that a note names."""
 _SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
-_OTHER_FORMATS = {*CLIP_SUFFIXES, ".gif", ".webm", ".avi", ".ts", ".wmv", ".png", ".jpg", ".jpeg", ".webp"} - {*FORMATS}
+_OTHER_FORMATS = {*_FOLDER_SUFFIXES, ".wmv", ".png", ".jpg", ".jpeg", ".webp"} - {*FORMATS}
 """Endings that are not those of a folder."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
 MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
@@ -114,7 +118,9 @@ def upscale(
         ),
     ] = None,
     list_models: Annotated[bool, typer.Option("--list-models", help="Print the names of the models and exit.")] = False,
-    codec: Annotated[Codec, details_option("--codec", help="Video codec of the output.", show_default=True)] = "h264",
+    codec: Annotated[
+        Codec | None, details_option("--codec", help="Video codec of the output. Default: h264, hevc for more than 8 bits.")
+    ] = None,
     crf: Annotated[
         int | None,
         details_option(
@@ -169,14 +175,12 @@ def upscale(
     if not videos:
         raise UsageError("VIDEO: got nothing, must be video files, folders or patterns")
     if codec != "av1" and crf is not None and crf > 51:
-        raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
+        raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec or 'h264 and hevc'}")
     targets = _targets(list(dict.fromkeys(path for text in videos for path in _named(text))), Path(out))
     network = find_model(model, denoise)
     options = UpscaleOptions(
         model=network,
-        encode=EncodeSettings(
-            codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset or DEFAULT_PRESET[codec]
-        ),
+        encode=_encoding(codec or "h264", crf, preset),
         scale=None if to else (2 if scale is None else scale),
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
@@ -185,7 +189,8 @@ def upscale(
         provenance=marks.settings(DEFAULT_PROVENANCE),
     )
     seconds = _parse_seconds(preview) if preview else None
-    results, usable = _checked(targets, options)
+    deep = None if codec else replace(options, encode=_encoding(codec_of_deep_videos(), crf, preset))
+    results, usable = _checked(targets, options, deep)
     if usable:
         with (
             interruptible(),
@@ -193,8 +198,8 @@ def upscale(
             redirect_stdout(sys.stderr),
             _runner(address, network, device, workers, check_interrupt) as (settings, runner),
         ):
-            for video, target in usable:
-                results.append(_upscale_one(video, target, options, settings, runner, seconds, check_interrupt))
+            for video, target, its_options in usable:
+                results.append(_upscale_one(video, target, its_options, settings, runner, seconds, check_interrupt))
                 check_interrupt()
     failed = sum("error" in result for result in results)
     if as_json:
@@ -205,15 +210,26 @@ def upscale(
         raise typer.Exit(1)
 
 
+def _encoding(codec: Codec, crf: int | None, preset: Preset | None) -> EncodeSettings:
+    return EncodeSettings(codec=codec, crf=DEFAULT_CRF[codec] if crf is None else crf, preset=preset or DEFAULT_PRESET[codec])
+
+
 def _checked(
-    targets: Sequence[tuple[Path, Path]], options: UpscaleOptions
-) -> tuple[list[dict[str, Any]], list[tuple[Path, Path]]]:
-    """Return the errors of sources that cannot be read or enlarged as asked, and the other videos with their targets."""
+    targets: Sequence[tuple[Path, Path]], options: UpscaleOptions, deep: UpscaleOptions | None
+) -> tuple[list[dict[str, Any]], list[tuple[Path, Path, UpscaleOptions]]]:
+    """Return the errors of sources that cannot be read or enlarged as asked, and the other videos, targets and options.
+
+    `deep`: options of videos with more than 8 bits per channel, if they differ.
+    """
     failures, usable = [], []
     for video, target in targets:
         try:
-            timeline_of(planned_size(read_source(video), options)[0], options.fps)
-            usable.append((video, target))
+            source = read_source(video)
+            timeline_of(planned_size(source, options)[0], options.fps)
+            is_deep = deep is not None and source.bits > 8
+            usable.append((video, target, deep if deep is not None and is_deep else options))
+            if is_deep and deep is not None and deep.encode.codec == "h264":
+                note(f"{video}: becomes H.264 of 10 bits, which few hardware decoders play: this FFmpeg has no encoder of HEVC")
         except (VidgenError, OSError) as error:
             failures.append(_failure(video, target, error))
     return failures, usable
@@ -251,7 +267,7 @@ def _upscale_one(
     else:
         made = report.frames - report.resumed_frames
         rate = made / report.seconds if report.seconds else 0
-        text = f"{report.frames} frames of {report.size} in {duration(report.seconds)}, {rate:.2f} frames/s"
+        text = f"{count(report.frames, 'frame')} of {report.size} in {duration(report.seconds)}, {rate:.2f} frames/s"
         typer.echo(f"{report.out}: {text} with {settings}", err=True)
     return asdict(report)
 
@@ -293,10 +309,7 @@ def _named(text: str) -> list[Path]:
         raise UsageError(f"VIDEO: got {text!r}, {NOT_A_URL}")
     path = Path(text).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in CLIP_SUFFIXES and file.is_file())
-        if not files:
-            raise UsageError(f"VIDEO: got the folder {text!r}, which has no video ({', '.join(CLIP_SUFFIXES)})")
-        return files
+        return _videos_in(path)
     if path.suffix.lower() == ".txt" and path.is_file():
         lines = [line.strip() for line in path.read_text("utf-8", errors="replace").splitlines()]
         listed = [line for line in lines if line and not line.startswith("#")]
@@ -309,6 +322,18 @@ def _named(text: str) -> list[Path]:
             raise UsageError(f"VIDEO: no file matches {text!r}")
         return files
     return [path]
+
+
+def _videos_in(folder: Path) -> list[Path]:
+    """Return the videos of a folder, by the endings of their names, and print which files are none. Raises UsageError."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    videos = [file for file in files if file.suffix.lower() in _FOLDER_SUFFIXES]
+    if not videos:
+        raise UsageError(f"VIDEO: got the folder {str(folder)!r}, which has no video ({', '.join(_FOLDER_SUFFIXES)})")
+    if others := [file.name for file in files if file not in videos]:
+        names = ", ".join(others[:_NAMED_FILES]) + (", ..." if len(others) > _NAMED_FILES else "")
+        note(f"{folder}: left out {count(len(others), 'file')} without the ending of a video that can be read: {names}")
+    return videos
 
 
 def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
