@@ -71,6 +71,32 @@ def test_option_is_used_on_the_kinds_of_gpus_that_have_accepted_it_with_the_same
     assert settled(own, ["RTX 4090"]).actors["flux"].options["quantize"] == "fp8_storage"
 
 
+@pytest.mark.parametrize("package", ["torch", "diffusers", "torchao", "triton"])
+def test_results_of_other_versions_of_libraries_are_not_used(monkeypatch, package):
+    profile, versions = load_profile("gpu-24gb"), dict.fromkeys(speed_trials._PACKAGES, "2.0")
+    monkeypatch.setattr(speed_trials, "version", versions.__getitem__)
+    keep_all(profile, "RTX 4090", [("flux", "quantize", FAST)])
+    fast = settled(profile, ["RTX 4090"])
+    assert fast != profile
+    versions[package] = "2.1"
+    assert settled(profile, ["RTX 4090"]) == profile
+    assert "quantize" in [trial.option for trial, _ in open_trials(profile, "flux", ["RTX 4090"])]
+    versions[package] = "2.0"
+    assert settled(profile, ["RTX 4090"]) == fast
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"RTX 4090": {"flux quantize 0": {"speedup": 2, "field_of_a_later_version": 1}}}']
+)
+def test_unreadable_results_are_tried_again(content):
+    profile = load_profile("gpu-24gb")
+    speed_trials._results.path.parent.mkdir(parents=True, exist_ok=True)
+    speed_trials._results.path.write_text(content)
+    assert settled(profile, ["RTX 4090"]) == profile
+    keep_all(profile, "RTX 4090", [("flux", "quantize", FAST)])
+    assert settled(profile, ["RTX 4090"]) != profile
+
+
 @pytest.mark.parametrize(("card", "is_tried"), [("H100", False), ("L40S", True), ("A100 80 GB", False)])
 def test_cudnn_attention_is_tried_where_torch_does_not_prefer_it(card, is_tried):
     options = [trial.option for trial, _ in open_trials(load_profile("gpu-80gb"), "wan", [card])]

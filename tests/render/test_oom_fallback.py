@@ -122,6 +122,44 @@ def test_planned_settings_are_used_without_an_error_first():
         assert work.calls == calls
 
 
+def test_settings_recover_when_another_program_gives_its_memory_back():
+    stage, free = svd(), [80 * GB]
+    fallback = OomFallback(lambda: free[0])
+    needed = stage.memory(stage.params.model_copy(update={"decode_chunk_frames": 4}), SHOT).peak
+
+    def calls(limit, free_during=None):
+        work = Decoder(stage, limit)
+
+        def run():
+            free[0] = free_during or free[0]
+            return work()
+
+        fallback.run(stage, SHOT, run)
+        return work.calls
+
+    assert calls(8) == [8]
+    free[0] = needed + GB / 100
+    assert calls(4) == [4]
+    free[0] = 80 * GB
+    assert calls(8) == [8]
+    assert calls(2, free_during=GB) == [8, 8, 4, 2]
+    assert calls(2) == [2]
+    free[0] = 80 * GB
+    assert calls(8) == [8]
+
+
+def test_oom_names_other_processes_that_hold_the_memory(torch_on_a_gpu):
+    stage = svd()
+    for shot, free, reason in (
+        (SHOT, 2 * GB, r"the shot needs [\d.]+ GB of this GPU, other processes hold 21.4 of its 24 GB; end those"),
+        (SHOT.model_copy(update={"width": 4096, "height": 4096}), 2 * GB, "the largest GPU has 24; at most"),
+        (SHOT, 23 * GB, "the largest GPU has 24"),
+    ):
+        torch_on_a_gpu.mem_get_info.return_value = (free, 24 * GB)
+        with pytest.raises(OutOfMemory, match=reason):
+            OomFallback().run(stage, shot, Decoder(stage, 0))
+
+
 def test_oom_with_the_lowest_settings_is_an_error_of_its_own_and_others_are_unchanged():
     stage = svd()
     with pytest.raises(OutOfMemory, match=r"lowest-memory settings of svd: CUDA out of memory") as raised:

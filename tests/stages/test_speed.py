@@ -3,6 +3,9 @@
 Results are equal to the bit where the option is off: the same kernels run in the same order.
 """
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -158,6 +161,45 @@ def test_calls_in_any_thread_may_compile_many_variants(tiny, make_shot, counter,
             run(lambda: stage(Item(make_shot())))
             run(lambda: RealESRGANStage(tiny.params(RealESRGANStage)).run_chunk(make_shot(), frames))
     assert limits == [RECOMPILE_LIMIT] * 4
+
+
+COMPILED_TWICE = """
+import sys, torch, torch._dynamo
+if len(sys.argv) > 1:
+    torch.__version__ = torch.torch_version.TorchVersion(sys.argv[1])
+from vidgen_ray.stages.speed import compile_blocks
+
+class Block(torch.nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.gelu(super().forward(x))
+
+block, x = Block(8, 8), torch.randn(2, 8)
+with torch.inference_mode():
+    expected = block(x)
+    compile_blocks(block, "cpu", ("Block",))
+    assert torch.allclose(block(x), expected, atol=1e-5)
+counters = torch._dynamo.utils.counters["inductor"]
+print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_code_that_another_torch_has_compiled_is_not_used(tmp_path):
+    if (missing := speed.missing_compiler("cpu")) is not None:
+        pytest.skip(f"needs {missing}")
+
+    def hits_and_misses(*version):
+        command = [sys.executable, "-c", COMPILED_TWICE, *version]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert hits_and_misses() == ["0", "1"]
+    assert hits_and_misses() == ["1", "0"]
+    assert hits_and_misses("2.10.0") == ["0", "1"]
+    for entry in (tmp_path / "inductor" / "fxgraph").rglob("*"):
+        if entry.is_file():
+            entry.write_bytes(b"of another torch")
+    assert hits_and_misses()[0] == "0"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

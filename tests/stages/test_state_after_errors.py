@@ -320,6 +320,26 @@ def test_turns_go_on_when_another_program_gives_its_memory_back(gpu, tiny, make_
     assert np.array_equal(frames, expected)
 
 
+def test_memory_that_another_program_takes_between_two_shots_is_used_again_later(gpu, tiny, make_shot):
+    chain, free = Chain(gpu, tiny, make_shot), [math.inf]
+    chain.runner._fallback = OomFallback(lambda: free[0])
+    expected, _ = chain.render()
+    placed = chain.on_gpu()
+    lowest = list(chain.svd.lower_memory_steps(chain.svd.params, chain.plan.shot))[-1]
+    memory = chain.svd.memory(lowest, chain.plan.shot)
+    free[0] = memory.total - sum(memory.weights.values())
+    _, recovered = chain.render()
+    assert "decode_chunk_frames=1" in recovered[-1]
+    free[0] = 0
+    with pytest.raises(StepFailed, match="out of memory"), Failing(out_of_memory(), 1, lasts=True):
+        chain.render()
+    assert not any(chain.on_gpu().values())
+    free[0] = math.inf
+    frames, recovered = chain.render()
+    assert (recovered, chain.on_gpu()) == ([None, None], placed)
+    assert np.array_equal(frames, expected)
+
+
 def test_tiles_of_a_shot_with_little_memory_do_not_change_the_next_one(gpu, tiny, make_shot):
     subject = Subject(tiny, make_shot, Case("flux", BRAIN, {**INFUSENET, "width": 320, "height": 320}))
     own = subject.stage.params

@@ -9,16 +9,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.nets.torch_private import set_allocator_settings
 from vidgen_ray.planner.cluster import GB, WSL_DEVICE
-from vidgen_ray.planner.gpu_memory import changed_options, too_large_text
+from vidgen_ray.planner.gpu_memory import changed_options, fitting_params, lowest_memory, too_large_text
 from vidgen_ray.planner.layout import CONTEXT_GB
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.system.free_memory import free_gpu_bytes, free_gpu_memory, is_out_of_memory, pins_exact_sizes
+from vidgen_ray.system.free_memory import (
+    free_gpu_bytes,
+    free_gpu_memory,
+    gpu_bytes_of_others,
+    is_out_of_memory,
+    pins_exact_sizes,
+)
 
 _R = TypeVar("_R")
 
@@ -29,20 +35,31 @@ EXACT_PINNED_BLOCKS = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb
 weights of FLUX. They are not cached either: torch 2.13 would give a freed block to a larger tensor (pytorch #192722)."""
 MEMORY_FREED = "memory freed"
 """Recorded for a step that succeeded with unchanged settings after unused memory was freed."""
+GIVEN_BACK_BYTES = GB
+"""Memory that is free in addition to that of a failed attempt, from which its settings are tried again. A smaller LoRA frees
+less, and it helps no stage."""
 SizeKey = tuple[object, ...]
 """Stage and the fields of a shot that decide how much memory it needs."""
+
+
+class _Needed(NamedTuple):
+    """Settings with which work succeeded after it had run out of memory."""
+
+    params: StageParams
+    free_bytes: float
+    """Free GPU memory after the last attempt that failed."""
 
 
 class OomFallback:
     """Runs work of the stages of one process, with lower-memory settings where they are needed.
 
-    Settings that were needed are used from the start for later work of the same stage and size.
+    Settings that were needed are used from the start for later work of the same stage and size, until more memory is free.
     """
 
     def __init__(self, free_bytes: Callable[[], float] = free_gpu_bytes) -> None:
         """`free_bytes` returns the GPU memory that this process can still take, infinite without a GPU."""
         self._free_bytes = free_bytes
-        self._needed: dict[SizeKey, StageParams] = {}
+        self._needed: dict[SizeKey, _Needed] = {}
 
     def run(
         self, stage: Stage[Any], shot: Shot, work: Callable[[], _R], prepare: Callable[[], None] = lambda: None
@@ -57,10 +74,11 @@ class OomFallback:
         prepared_twice = self._prepare(prepare)
         own: StageParams = stage.params
         key = _size_key(stage, shot)
-        first = self._needed.get(key) or self._planned(stage, shot)
+        first = self._remembered(key) or self._planned(stage, shot)
         params: StageParams | None = first
         lower = islice(stage.lower_memory_steps(first, shot), 1, None)
         freed = False
+        free = math.inf
         while params is not None:
             try:
                 with _settings(stage, params):
@@ -70,15 +88,27 @@ class OomFallback:
                     raise
                 message = str(error)
             else:
-                if params is not own:
-                    self._needed[key] = params
-                    return result, changed_options(own, params)
-                return result, MEMORY_FREED if freed or prepared_twice else None
+                if params is own:
+                    return result, MEMORY_FREED if freed or prepared_twice else None
+                if freed:
+                    self._needed[key] = _Needed(params, free)
+                return result, changed_options(own, params)
             # The error references tensors, so memory can be freed only after its block ends.
             free_gpu_memory()
+            free = self._free_bytes()
             params = params if not freed else next(lower, None)
             freed = True
         raise OutOfMemory(_exhausted(stage, shot, message))
+
+    def _remembered(self, key: SizeKey) -> StageParams | None:
+        """Return the settings that were needed for this size. `None` if none were, or if another program gave memory back."""
+        needed = self._needed.get(key)
+        if needed is None:
+            return None
+        is_given_back = self._free_bytes() > needed.free_bytes + GIVEN_BACK_BYTES
+        if is_given_back:
+            del self._needed[key]
+        return None if is_given_back else needed.params
 
     @staticmethod
     def _prepare(prepare: Callable[[], None]) -> bool:
@@ -134,8 +164,22 @@ def _exhausted(stage: Stage[Any], shot: Shot, message: str) -> str:
     gpu_gb = None if stage.params.device == "cpu" else total_gpu_gb()
     hint = ""
     if gpu_gb is not None and stage.memory(stage.params, shot) is not None:
-        hint = f"; {too_large_text(type(stage), stage.params, shot, gpu_gb)}"
+        hint = f"; {_reason(type(stage), stage.params, shot, gpu_gb)}"
     return f"out of GPU memory, also with the lowest-memory settings of {stage.name}: {message.splitlines()[0]}{hint}"
+
+
+def _reason(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> str:
+    """Return why a shot does not fit on a GPU of this size: it is too large, or other programs hold the memory."""
+    others_gb = gpu_bytes_of_others() / GB - CONTEXT_GB
+    if others_gb < OTHERS_GB or fitting_params(stage, params, shot, gpu_gb) is None:
+        return too_large_text(stage, params, shot, gpu_gb)
+    needed_gb = lowest_memory(stage, params, shot).total / GB + CONTEXT_GB
+    held = f"other processes hold {others_gb:.3g} of its {gpu_gb:.4g} GB"
+    return f"the shot needs {needed_gb:.3g} GB of this GPU, {held}; end those that are not of this run, or run it again later"
+
+
+OTHERS_GB = 0.5
+"""Memory of other processes from which they are named as a reason. A desktop needs less."""
 
 
 def total_gpu_gb() -> float | None:

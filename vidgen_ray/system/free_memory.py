@@ -47,6 +47,15 @@ def free_gpu_bytes(device: str = "cuda") -> float:
     return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
+def gpu_bytes_of_others(device: str = "cuda") -> float:
+    """Return the bytes of GPU memory that other processes hold, with the CUDA context of this one. 0 if unknown."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or torch.cuda.get_device_properties(device).is_integrated:
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free - torch.cuda.memory_reserved(device))
+
+
 def free_host_bytes() -> float:
     """Return the bytes of host memory that can still be taken, within the limit of the control group. Infinite if unknown."""
     limits = [float("inf")]
