@@ -60,7 +60,13 @@ def test_cards_are_recognised_by_the_name_that_the_driver_reports_or_a_user_writ
         ("NVIDIA GB10", "GB10"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+        ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+        ("NVIDIA GeForce RTX 4090 D", "RTX 4090 D"),
+        ("NVIDIA GeForce RTX 5060 Ti", "RTX 5060 Ti"),
+        ("NVIDIA GeForce RTX 5070 Ti", "RTX 5070 Ti"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
         ("Tesla P100-PCIE-16GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ):
         found = card_reported_as(reported)
         assert (found.name if found else None) == name
@@ -74,7 +80,14 @@ def test_cards_are_recognised_by_the_name_that_the_driver_reports_or_a_user_writ
     sizes = (16, 20, 24, 32, 40, 48, 80, 96, 141, 180)
     assert tuple(typical_card(gb).name for gb in sizes) == tuple(TYPICAL)
     # Memory as torch and the driver report it.
-    for reported_gb, name in ((79.1, "80 GB"), (45.0, "48 GB"), (23.7, "24 GB"), (140.4, "141 GB"), (21.4, "21.4 GB")):
+    for reported_gb, name in (
+        (79.1, "80 GB"),
+        (45.0, "48 GB"),
+        (23.7, "24 GB"),
+        (140.4, "141 GB"),
+        (268.6, "288 GB"),
+        (21.4, "21.4 GB"),
+    ):
         assert Cluster((Node((reported_gb,), 8, None),)).card == name
 
 

@@ -1,7 +1,8 @@
 """Machines to plan for: GPUs with memory, speed and price, CPUs, host memory; and the profile that suits their GPUs.
 
 Speeds are those of NVIDIA's data sheets and architecture white papers: dense tensor-core operations in 16 bits with sums in 32
-bits, without sparsity. GeForce cards add in 32 bits at half the speed that is advertised.
+bits, without sparsity. GeForce cards add in 32 bits at half the speed that is advertised: an eighth of the "AI TOPS" of the RTX 40
+series, which are sparse and of 8 bits, and a sixteenth of those of the RTX 50 series, which are of 4 bits.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ PCIE3, PCIE4, PCIE5, NVLINK_C2C, WITHIN_GB10 = 12, 25, 50, 350, 136
 
 CARDS = (
     GpuCard("T4", 14.6, 65, 320, PCIE3, 0.35, r"\bT4\b"),
+    # The versions of 16 GB. PCIe has eight lanes: half the bandwidth.
+    GpuCard("RTX 5060 Ti", 15.5, 47.4, 448, PCIE5 / 2, 0.12, r"RTX 5060 Ti", halved=True),
+    GpuCard("RTX 4060 Ti", 15.6, 44.1, 288, PCIE4 / 2, 0.12, r"RTX 4060 Ti", halved=True),
+    GpuCard("RTX 5070 Ti", 15.5, 87.9, 896, PCIE5, 0.25, r"RTX 5070 Ti", halved=True),
     GpuCard("RTX 4080", 15.7, 97.5, 717, PCIE4, 0.3, r"RTX 4080", halved=True),
     GpuCard("RTX 5080", 15.5, 112.6, 960, PCIE5, 0.35, r"RTX 5080", halved=True),
     GpuCard("A4500", 19.7, 94.6, 640, PCIE4, 0.25, r"RTX A4500"),
@@ -79,6 +84,7 @@ CARDS = (
     GpuCard("A10", 22.1, 125, 600, PCIE4, 0.75, r"\bA10\b"),
     GpuCard("RTX 3090", 23.6, 71, 936, PCIE4, 0.25, r"RTX 3090", halved=True),
     GpuCard("A5000", 23.7, 111, 768, PCIE4, 0.3, r"RTX A5000"),
+    GpuCard("RTX 4090 D", 23.6, 147.1, 1008, PCIE4, 0.5, r"RTX 4090 D", halved=True),
     GpuCard("RTX 4090", 23.6, 165.2, 1008, PCIE4, 0.5, r"RTX 4090", halved=True),
     GpuCard("RTX 5090", 31.4, 209.5, 1792, PCIE5, 0.8, r"RTX 5090", halved=True),
     GpuCard("A100 40 GB", 39.4, 312, 1555, PCIE4, 1.3, r"\bA100.*40"),
@@ -97,6 +103,8 @@ CARDS = (
     GpuCard("H200", 139.8, 989, 4915, PCIE5, 3.6, r"\bH200"),
     GpuCard("GH200 144 GB", 142.5, 989, 4900, NVLINK_C2C, 3.0, r"GH200 144G"),
     GpuCard("B200", 178.4, 2250, 8000, PCIE5, 5.5, r"\bB200"),
+    # Its link is PCIe 6, which few hosts have.
+    GpuCard("B300", 268.6, 2250, 8000, PCIE5, 6.5, r"\bB300"),
 )
 TYPICAL = ("RTX 4080", "A4500", "RTX 4090", "RTX 5090", "A100 40 GB", "L40S", "H100", "RTX PRO 6000", "H200", "B200")
 """Cards that stand for an unknown one of at most their memory, smallest first."""
@@ -108,7 +116,12 @@ GB10 = next(card for card in CARDS if card.name == "GB10")
 
 
 def card_reported_as(name: str) -> GpuCard | None:
-    """Return the card for the name that NVIDIA's driver or torch reports. `None` if it is not in the table."""
+    """Return the card for the name that NVIDIA's driver or torch reports. `None` if it is not in the table.
+
+    A laptop's GPU has the name of a faster card.
+    """
+    if "Laptop" in name:
+        return None
     return next((card for card in CARDS if re.search(card.pattern, name)), None)
 
 
@@ -142,7 +155,7 @@ RAY_STORE_SHARE = 0.3
 """Part of a machine's memory that Ray's object store may take by default."""
 OTHER_PROCESSES_GB = 6.0
 """Unified memory for Ray, driver, director and encoders. x264 takes 1.7 GB at 4096x2304; the rest is an assumption."""
-NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
+NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180, 288)
 """Nominal memory sizes of GPUs. torch and the driver report different values, up to 1/12 less."""
 
 Label = tuple[str, str]

@@ -37,9 +37,11 @@ from vidgen_ray.stages.memory_table import (
     weight_bytes,
 )
 
-_CARD_FACTORS: Mapping[str, float] = dict.fromkeys(
-    ("L40S", "RTX 6000 Ada", "RTX 4080", "RTX 5080", "RTX 4090", "RTX 5090"), 0.78
+_LARGE_CACHES = (
+    *("L40S", "RTX 6000 Ada", "RTX 4060 Ti", "RTX 4080", "RTX 4090 D", "RTX 4090"),
+    *("RTX 5060 Ti", "RTX 5070 Ti", "RTX 5080", "RTX 5090"),
 )
+_CARD_FACTORS: Mapping[str, float] = dict.fromkeys(_LARGE_CACHES, 0.78)
 """`card_factors` of FLUX: their caches hold more of what the steps move. From images of 1024x1024 with 28 steps: TheStage AI's
 Elastic-FLUX.1-dev (L40S 16 s) and FLUX.1-dev-fp8-flumina (RTX 6000 Ada 1.74 steps a second, RTX 4090 1.7)."""
 STEP_LAUNCH_S = {False: 0.15, True: 0.058}

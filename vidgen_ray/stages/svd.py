@@ -35,7 +35,7 @@ _DEFAULT_GUIDANCE = 3.0
 ATTENTION_BATCH = 65_535
 """Largest batch of torch's attention kernels on a GPU (pytorch #142228). Attention between the frames has one row per 8x8
 pixels and pass."""
-_CARD_FACTORS = dict.fromkeys(("H100", "H100 PCIe", "H100 NVL", "GH200", "GH200 144 GB", "H200", "B200"), 1.3)
+_CARD_FACTORS = dict.fromkeys(("H100", "H100 PCIe", "H100 NVL", "GH200", "GH200 144 GB", "H200", "B200", "B300"), 1.3)
 """`card_factors` of SVD: their peak grew more than the rate of torch's kernels for convolutions. Stability AI's SVD-XT takes
 22.6 s with TensorRT on an H100 PCIe and 32.2 on an A100. *Assumed:* without TensorRT 1.3 and 1.1 times as long."""
 _NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
