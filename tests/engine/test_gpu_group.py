@@ -71,6 +71,10 @@ class CountingSVD(SVDStage):
         return count_tokens(self, self.pipe.unet.mid_block, item, super().run, dim=0)
 
 
+class SVDInInterval(CountingSVD):
+    """The last of three steps has one pass, which all processes compute."""
+
+
 class CountingWan(WanStage):
     """Fails as the prompt says."""
 
@@ -143,6 +147,7 @@ class Runner:
             RealESRGANStage: upscaler,
             CountingFlux: flux,
             CountingSVD: svd,
+            SVDInInterval: svd.model_copy(update={"guidance_interval": (0.0, 0.6)}),
             CountingWan: WanParams(weights=weights / wan, threads=1),
         }
         in_group = self.params | {CountingFlux: flux.model_copy(update={"compile": compiled})}
@@ -193,7 +198,7 @@ def picture(**fields):
 FACE = {"face_image": "photo.png"}
 
 
-@pytest.mark.parametrize("kind", ["guided clip", "clip by SVD", "odd image"])
+@pytest.mark.parametrize("kind", ["guided clip", "clip by SVD", "guided in an interval", "odd image"])
 def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runner, kind):
     processes = len(list(runner.group.pids))
     compare(
@@ -201,6 +206,7 @@ def test_group_makes_the_result_of_one_process_with_its_part_of_the_tokens(runne
         *{
             "guided clip": (CountingWan, clip(guidance=5.0), 2, processes // 2),
             "clip by SVD": (CountingSVD, guided_by_image(), 1, 2),
+            "guided in an interval": (SVDInInterval, guided_by_image(), 1, 1),
             "odd image": (CountingFlux, picture(width=112, generate_video=False, height=80), 1, processes),
         }[kind],
     )

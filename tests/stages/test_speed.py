@@ -25,8 +25,10 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.planner import speed_trials
 from vidgen_ray.planner.choose_layout import compilations
-from vidgen_ray.planner.demand import demand_of
+from vidgen_ray.planner.demand import demand_of, demand_seconds
 from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
+from vidgen_ray.profile import load_profile
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages import flux_model, identity, loading, speed
 from vidgen_ray.stages.base import RECOMPILE_LIMIT, Item, pixels_to_uint8
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
@@ -64,6 +66,75 @@ def test_exact_options_change_only_the_rounding(tiny, make_shot):
     for options in ({"channels_last": True}, {"attention_backend": "_native_math"}):
         with with_options(SVDStage, tiny, **options) as stage:
             assert levels_apart(stage(item)["frames"], clip) <= ROUNDING_LEVELS, options
+
+
+# Guidance in a part of the steps
+
+INTERVAL, STEPS = (0.0, 0.6), 5
+GUIDED = [2, 2, 2, 1, 1]
+"""Passes of each step."""
+
+
+def clip_and_passes(stage, item):
+    """Return the clip, and the number of passes of each call of the network."""
+    passes = []
+    counted = stage.pipe.unet.conv_in.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    with counted:
+        return stage(item)["frames"], [number // item.shot.num_frames for number in passes]
+
+
+def test_guidance_interval_leaves_one_pass_to_the_other_steps(tiny, make_shot):
+    item = Item(make_shot(width=64, num_frames=2, steps={"svd": STEPS}), {"image": gradient_image(64, 64)})
+    with with_options(SVDStage, tiny) as stage, with_options(SVDStage, tiny, guidance_interval=INTERVAL) as in_interval:
+        expected, passes = clip_and_passes(stage, item)
+        assert passes == [2] * STEPS
+        clip, passes = clip_and_passes(in_interval, item)
+        assert passes == GUIDED
+        assert not np.array_equal(clip, expected)
+        in_interval.params = in_interval.params.model_copy(update={"forward_chunking": True})
+        assert levels_apart(in_interval(item)["frames"], clip) <= ROUNDING_LEVELS
+    for same in ({"guidance_interval": [0, 1]}, {"guidance_interval": [0.05, 0.95]}):
+        with with_options(SVDStage, tiny, **same) as stage:
+            assert np.array_equal(stage(item)["frames"], expected), same
+
+
+def test_step_without_guidance_is_that_of_a_clip_without_it(tiny, make_shot):
+    item = Item(make_shot(width=64, num_frames=2, steps={"svd": 4}), {"image": gradient_image(64, 64)})
+    unguided = Item(
+        item.shot.model_copy(update={"guidance": item.shot.guidance.model_copy(update={"svd": 1.0})}), item.artefacts
+    )
+    with with_options(SVDStage, tiny, guidance_interval=(0.0, 0.01)) as stage:
+        clip, passes = clip_and_passes(stage, item)
+        assert passes == [1] * 4
+        assert levels_apart(clip, stage(unguided)["frames"]) <= ROUNDING_LEVELS
+
+
+@pytest.mark.parametrize("interval", [[0.6, 0.6], [0.6, 0.2], [-0.1, 0.5], [0, 1.1], [0]])
+def test_wrong_interval_is_refused(tiny, interval):
+    with pytest.raises(ValueError, match="guidance_interval"):
+        with_options(SVDStage, tiny, guidance_interval=interval)
+
+
+def test_default_interval_is_not_part_of_keys(tiny):
+    params = tiny.params(SVDStage)
+    assert "guidance_interval" not in params.for_key()
+    assert params.model_copy(update={"guidance_interval": INTERVAL}).for_key()["guidance_interval"] == [0.0, 0.6]
+
+
+def test_plan_counts_the_passes_of_an_interval():
+    profile = load_profile("gpu-80gb")
+    demand = demand_of([Shot(prompt="a")])
+
+    def seconds(gpus=1, **options):
+        return demand_seconds(profile.with_options({"svd": options}), SVDStage, demand, {}, None, gpus)
+
+    whole, part = seconds(), seconds(guidance_interval=[0, 0.6])
+    assert 0.2 * 0.9 < 1 - part / whole < 0.2
+    compiled = profile.with_options({"svd": {"compile": True}})
+    in_interval = compiled.with_options({"svd": {"guidance_interval": [0, 0.6]}})
+    assert [compilations(each, demand) for each in (profile, compiled, in_interval)] == [0, 1, 2]
+    # A group computes both passes of a step at once.
+    assert seconds(2, guidance_interval=[0, 0.6]) == pytest.approx(seconds(2))
 
 
 # Compilation

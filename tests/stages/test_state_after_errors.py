@@ -56,6 +56,7 @@ CASES = {
     "qwen_edit": Case("qwen_edit", BRAIN),
     "qwen_edit offload": Case("qwen_edit", OFFLOAD),
     "svd": Case("svd", HALF, {"num_frames": 2}),
+    "svd with an interval": Case("svd", {**HALF, "guidance_interval": (0.0, 0.5)}, {"num_frames": 2, "steps": {"svd": 2}}),
     "wan": Case("wan", BRAIN, WAN),
     "wan offload": Case("wan", OFFLOAD, WAN),
     "ltx": Case("ltx", BRAIN),
@@ -132,7 +133,8 @@ def state_of(stage):
         for name, module in network.named_modules():
             settings = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
             hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-            state[number, f"{name} (module)"] = settings, hooks, type(vars(module).get("processor"))
+            replaced = module._compiled_call_impl
+            state[number, f"{name} (module)"] = settings, hooks, replaced, type(vars(module).get("processor"))
     return state
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,20 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from plain_tensors(getattr(tensor, name))
+
+
+@contextmanager
+def call_replaced(network: torch.nn.Module, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace the call of a network in this block, compiled or not. `replacement` gets the call and returns another one.
+
+    A hook would become a part of a network that is compiled as a whole.
+    """
+    compiled = network._compiled_call_impl
+    network._compiled_call_impl = replacement(compiled or network._call_impl)
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled
 
 
 def set_allocator_settings(settings: str) -> None:

@@ -43,6 +43,7 @@ from vidgen_ray.planner.solver import (
 )
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.speed import has_unguided_steps
 from vidgen_ray.system.quantities import amount_text, money
 
 CURRENCY = "USD"
@@ -441,7 +442,7 @@ def _plan(
         notes = [f"the largest shots run with lower-memory settings: {options}" for options in lowered]
         notes += [f"shots will fail: {reason}" for each in memories for reason in each.refused]
         if divided:
-            gains = {stage.actor: stage.gain(gpus) for stage in stages if stage.actor in divided}
+            gains = {stage.actor: stage.gain(profile.options_of(stage), gpus) for stage in stages if stage.actor in divided}
             names = " and ".join(f"{name} ({gain:.2g} times as fast)" for name, gain in sorted(gains.items()))
             because = "since there are fewer shots than GPUs; they start kernels as before"
             notes.append(f"{gpus} GPUs divide the work of each shot in {names}, {because}")
@@ -533,7 +534,7 @@ def compilations(profile: Profile, demand: Demand) -> int:
     """Return how many times workers compile their networks for these shots, at most.
 
     A network is compiled for the first size and once more for all others; both for each number of LoRAs, of which 0 is another
-    network as soon as a LoRA was loaded.
+    network as soon as a LoRA was loaded. A network that gets one pass in some steps and two in others counts as two.
     """
     networks: dict[tuple[str, str], tuple[set[int], set[tuple[int, int, int]]]] = {}
 
@@ -544,6 +545,8 @@ def compilations(profile: Profile, demand: Demand) -> int:
             used = {"": len(stage.active_loras(shot))}
             if stage.identity_field == "flux_identity" and shot.flux_identity:
                 used[shot.flux_identity] = 0
+            if has_unguided_steps(profile.options_of(stage)):
+                used["one pass"] = 0
             for network, number in used.items():
                 loras, sizes = networks.setdefault((stage.actor, network), (set(), set()))
                 loras.add(number)

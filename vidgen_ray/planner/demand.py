@@ -425,19 +425,19 @@ def demand_seconds(
     works = _works(profile, stage, params if gpus == 1 else stage.divided(params) or params, demand)
     expected = seconds_of(profile, stage, measured, card)
     if expected.is_computed and works:
-        return sum(count * computed_seconds(stage, work, card or H100, gpus) for work, count in works)
+        return sum(count * computed_seconds(stage, work, card or H100, stage.gain(params, gpus), gpus) for work, count in works)
     total = _total_seconds(expected, stage.name, demand, measured.get(stage.name))
     fixed = min(total, expected.of(RelativeCost(0, demand.relative_cost[stage.name].fixed)))
     launch_s = sum(count * work.steps.launch_s for work, count in works)
     of_fixed, shared = (sum(count * getattr(work, part).operations for work, count in works) for part in ("fixed", "shared"))
     fixed_on_each = fixed * (1 - (1 - 1 / gpus) * (shared / of_fixed if of_fixed else 0.0))
-    return min(total, fixed_on_each + max((total - fixed) / stage.gain(gpus), launch_s))
+    return min(total, fixed_on_each + max((total - fixed) / stage.gain(params, gpus), launch_s))
 
 
-def computed_seconds(stage: type[Stage[Any]], work: ShotWork, card: GpuCard, gpus: int = 1) -> float:
-    """Return the seconds of work on a kind of GPU. `gpus`: see `demand_seconds`."""
+def computed_seconds(stage: type[Stage[Any]], work: ShotWork, card: GpuCard, gain: float = 1.0, gpus: int = 1) -> float:
+    """Return the seconds of work on a kind of GPU. `gain` and `gpus`: see `Stage.gain` and `demand_seconds`."""
     factor, fixed = stage.card_factors.get(card.name, 1.0), work.fixed + work.shared.times(1 / gpus - 1)
-    steps_s = card.seconds(work.steps, stage.compute_share, factor / stage.gain(gpus))
+    steps_s = card.seconds(work.steps, stage.compute_share, factor / gain)
     return steps_s + card.seconds(fixed, stage.compute_share, factor)
 
 

@@ -22,6 +22,7 @@ from pydantic import JsonValue, TypeAdapter
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import FrozenModel
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.nets.torch_private import call_replaced
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LORA_FIELDS, LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
@@ -298,20 +299,18 @@ def _first_outputs(stage: Stage[Any]) -> Iterator[list[NDArray[np.float32]]]:
     if network is None:
         yield outputs
         return
-    # A hook would become a part of a network that is compiled as a whole.
-    compiled = network._compiled_call_impl
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        output = (compiled or network._call_impl)(*args, **kwargs)
-        if len(outputs) < 2:
-            outputs.append(output[0].float().cpu().numpy())
-        return output
+    def replacement(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = whole(*args, **kwargs)
+            if len(outputs) < 2:
+                outputs.append(output[0].float().cpu().numpy())
+            return output
 
-    network._compiled_call_impl = call
-    try:
+        return call
+
+    with call_replaced(network, replacement):
         yield outputs
-    finally:
-        network._compiled_call_impl = compiled
 
 
 def _difference(plain: NDArray[np.float32], tried: NDArray[np.float32]) -> float:

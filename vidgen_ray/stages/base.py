@@ -194,6 +194,8 @@ class JobRecords(Protocol):
 NOT_IN_KEY = "not in key"
 """Mark of an option that does not change bytes: `option: Annotated[bool, NOT_IN_KEY] = False`. Others are part of content
 keys."""
+IN_KEY_IF_CHANGED = "in key if changed"
+"""Mark of an option that changes bytes unless it has its default, with which it is not part of content keys."""
 
 
 class StageParams(StrictModel):
@@ -216,7 +218,10 @@ class StageParams(StrictModel):
 
     def for_key(self) -> dict[str, Any]:
         """Return the options that change bytes. Weights are part of a content key by their digest instead."""
-        ignored = {name for name, option in type(self).model_fields.items() if NOT_IN_KEY in option.metadata}
+        fields = type(self).model_fields
+        ignored = {name for name, option in fields.items() if NOT_IN_KEY in option.metadata}
+        if_changed = {name: option.default for name, option in fields.items() if IN_KEY_IF_CHANGED in option.metadata}
+        ignored |= {name for name, default in if_changed.items() if getattr(self, name) == default}
         return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
 
     def names_extra_weights(self, name: str) -> bool:
@@ -437,7 +442,7 @@ class Stage(ABC, Generic[P]):
         return None
 
     @classmethod
-    def gain(cls, gpus: int) -> float:
+    def gain(cls, params: P, gpus: int) -> float:
         """Return the factor by which so many GPUs compute a step faster, if they divide its tokens."""
         return float(DOUBLING_GAIN ** log2(gpus))
 
@@ -580,7 +585,7 @@ class ChunkedStage(Stage[P]):
         return params
 
     @classmethod
-    def gain(cls, gpus: int) -> float:
+    def gain(cls, params: P, gpus: int) -> float:
         return _CHUNKS_GAIN * gpus if gpus > 1 else 1.0
 
     @classmethod

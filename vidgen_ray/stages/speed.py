@@ -9,16 +9,20 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator
 
 from vidgen_ray.errors import SetupError, install_command
-from vidgen_ray.stages.base import StageParams
+from vidgen_ray.nets.torch_private import call_replaced
+from vidgen_ray.stages.base import IN_KEY_IF_CHANGED, StageParams
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +69,59 @@ class Fp8Params(StageParams):
 
     quantize: Literal["none", "fp8"] = "none"
     """fp8: weights and activations of the transformer's blocks, computed in 8 bits by torchao, on GPUs since Ada and Hopper."""
+
+
+def _rising_fractions(interval: tuple[float, float]) -> tuple[float, float]:
+    start, stop = interval
+    if not 0 <= start < stop <= 1:
+        raise ValueError("must be two rising fractions of the steps, such as [0, 0.6]")
+    return interval
+
+
+WHOLE = (0.0, 1.0)
+"""Interval of all steps."""
+
+
+class GuidanceIntervalParams(StageParams):
+    """Parameters of a stage with classifier-free guidance, whose two passes are one batch."""
+
+    guidance_interval: Annotated[tuple[float, float], AfterValidator(_rising_fractions), IN_KEY_IF_CHANGED] = WHOLE
+    """Fractions of the denoising steps between which guidance is applied. All other steps have one pass, the conditional one.
+    Lossy. Source: Kynkäänniemi et al. 2024, arXiv:2404.07724, whose interval is one of noise levels; `start` and `stop` of
+    diffusers' guiders."""
+
+    def guided_steps(self, steps: int) -> range:
+        """Return the numbers of the guided ones of so many steps."""
+        start, stop = (round(fraction * steps) for fraction in self.guidance_interval)
+        return range(start, stop)
+
+
+def has_unguided_steps(params: StageParams) -> bool:
+    """Return whether guidance is applied in a part of the steps only."""
+    return getattr(params, "guidance_interval", WHOLE) != WHOLE
+
+
+@contextmanager
+def guided_in(network: Any, numbers: range) -> Iterator[None]:
+    """Have calls of a diffusers UNet in this block compute both halves of their batch, one per pass, in steps of these numbers.
+
+    In the others, both halves are the output of the second, conditional one: guidance between equal passes changes nothing.
+    The pipeline calls the network once per step. Compile the network before.
+    """
+    step = partial(next, count())
+
+    def replacement(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(sample: torch.Tensor, timestep: torch.Tensor, **inputs: Any) -> Any:
+            if step() in numbers or len(sample) != 2:
+                return whole(sample, timestep, **inputs)
+            own = {name: each[1:] if hasattr(each, "shape") else each for name, each in inputs.items()}
+            (output,) = whole(sample[1:], timestep, **own)
+            return (output.expand(2, *output.shape[1:]),)
+
+        return call
+
+    with call_replaced(network, replacement):
+        yield
 
 
 def use_channels_last(*networks: torch.nn.Module) -> None:

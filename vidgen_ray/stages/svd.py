@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -23,7 +24,10 @@ from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_byt
 from vidgen_ray.stages.speed import (
     ChannelsLastParams,
     CompileParams,
+    GuidanceIntervalParams,
     compile_blocks,
+    guided_in,
+    has_unguided_steps,
     require_sdpa_backend,
     sdpa_backend,
     use_channels_last,
@@ -44,7 +48,7 @@ PASSES_GAIN = 1.9
 """Factor by which two GPUs or more compute a step faster, of which each half has one of its two passes. *Assumed.*"""
 
 
-class SVDParams(CompileParams, ChannelsLastParams):
+class SVDParams(CompileParams, ChannelsLastParams, GuidanceIntervalParams):
     decode_chunk_frames: int = Field(default=5, ge=1)
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
@@ -86,7 +90,7 @@ class SVDStage(VideoStage[SVDParams]):
 
     @classmethod
     def check_shot(cls, params: SVDParams, shot: Shot) -> None:
-        passes = 2 if (shot.guidance.svd or _DEFAULT_GUIDANCE) > 1 else 1
+        passes = 2 if _is_guided(shot) else 1
         pixels = ATTENTION_BATCH // passes * 64
         if params.device != "cpu" and shot.width * shot.height > pixels:
             raise StageError(
@@ -97,9 +101,11 @@ class SVDStage(VideoStage[SVDParams]):
     @classmethod
     def work(cls, params: SVDParams, shot: Shot) -> ShotWork:
         pixels, frames = shot.width * shot.height, shot.num_frames
-        step = network_work("svd/step", pixels, frames)
+        steps = shot.steps.svd or _DEFAULT_STEPS
+        guided = len(params.guided_steps(steps)) if _is_guided(shot) else 0
+        two_passes = network_work("svd/step", pixels, frames)
         coding = network_work("svd/encode", pixels).in_float32 + network_work("svd/decode", pixels, frames)
-        return ShotWork(step.times(shot.steps.svd or _DEFAULT_STEPS), coding).times(cls.passes(shot))
+        return ShotWork(two_passes.times((steps + guided) / 2), coding).times(cls.passes(shot))
 
     @classmethod
     def memory(cls, params: SVDParams, shot: Shot) -> StageMemory | None:
@@ -124,8 +130,10 @@ class SVDStage(VideoStage[SVDParams]):
         return params
 
     @classmethod
-    def gain(cls, gpus: int) -> float:
-        return PASSES_GAIN if gpus > 1 else 1.0
+    def gain(cls, params: SVDParams, gpus: int) -> float:
+        """Return the factor. Steps without guidance have one pass, which they do not divide."""
+        start, stop = params.guidance_interval
+        return PASSES_GAIN * (1 + stop - start) / 2 if gpus > 1 else 1.0
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
@@ -158,13 +166,17 @@ class SVDStage(VideoStage[SVDParams]):
         if height % 64 or width % 64:
             raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")
         _set_forward_chunking(self.pipe.unet, self.params.forward_chunking)
-        with sdpa_backend(self.params.attention_backend), dtypes_kept(self.pipe.vae):
+        steps = shot.steps.svd or _DEFAULT_STEPS
+        guided = (
+            guided_in(self.pipe.unet, self.params.guided_steps(steps)) if has_unguided_steps(self.params) else nullcontext()
+        )
+        with sdpa_backend(self.params.attention_backend), dtypes_kept(self.pipe.vae), guided:
             pixels = self.pipe(
                 PILImage.fromarray(image),
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
-                num_inference_steps=shot.steps.svd or _DEFAULT_STEPS,
+                num_inference_steps=steps,
                 max_guidance_scale=shot.guidance.svd or _DEFAULT_GUIDANCE,
                 fps=shot.fps,
                 motion_bucket_id=shot.motion_bucket_id,
@@ -176,6 +188,10 @@ class SVDStage(VideoStage[SVDParams]):
                 **diffusers_step_callback(self.name),
             )
         return pixels_to_uint8(pixels[0])
+
+
+def _is_guided(shot: Shot) -> bool:
+    return (shot.guidance.svd or _DEFAULT_GUIDANCE) > 1
 
 
 def _set_forward_chunking(unet: Any, enabled: bool) -> None:
