@@ -32,6 +32,9 @@ class SmallerGpu(StrictModel):
     trial_options: dict[str, JsonValue] | None = Field(
         default=None, description="Other parameters to try. Default: those of the actor."
     )
+    lossy_trial_options: dict[str, JsonValue] | None = Field(
+        default=None, description="Other lossy parameters to try. Default: those of the actor."
+    )
 
 
 class SmallerDefaults(StrictModel):
@@ -79,6 +82,11 @@ class ActorProfile(StrictModel):
         description="Further parameters that are used if a trial on this kind of GPU finds them faster and the result "
         "close to that without them. They are tried one after another.",
     )
+    lossy_trial_options: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Parameters that change results by more than rounding. With `allow_loss` they are tried before "
+        "`trial_options`, and used if they are faster and the loss in three images or clips is within the limit of the option.",
+    )
     smaller: tuple[SmallerGpu, ...] = Field(
         default=(),
         description="Changes on GPUs with less memory. Of the entries that apply, the one with the smallest `below_gb` counts.",
@@ -90,12 +98,14 @@ class ActorProfile(StrictModel):
         """Return the actor for a GPU with this memory in GB."""
         changed: dict[str, Any] = {"smaller": ()}
         if change := _for_memory(self.smaller, memory_gb):
+            lossy = change.lossy_trial_options
             extra_weights = self.extra_weights if change.extra_weights is None else change.extra_weights
             changed |= {
                 "weights": change.weights or self.weights,
                 "extra_weights": extra_weights,
                 "options": {**self.options, **change.options},
                 "trial_options": self.trial_options if change.trial_options is None else change.trial_options,
+                "lossy_trial_options": self.lossy_trial_options if lossy is None else lossy,
                 "reason": f"GPUs below {change.below_gb:g} GB",
             }
         return self.model_copy(update=changed)
@@ -172,6 +182,10 @@ class Profile(StrictModel):
         ge=1,
         description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow.",
     )
+    allow_loss: bool = Field(
+        default=False,
+        description="Try and use `lossy_trial_options`. Built-in profiles do if their name ends with `-lossy`: auto-lossy.",
+    )
     price_per_gpu_hour: float | None = Field(
         default=None, ge=0, allow_inf_nan=False, description="Price of a GPU-hour, for the estimated cost."
     )
@@ -200,6 +214,16 @@ class Profile(StrictModel):
         for field, got, allowed in wrong_defaults(value):
             raise ValueError(f"{field} is {got}: {allowed}")
         return value
+
+    def tried_options(self, actor: str) -> tuple[tuple[str, JsonValue], ...]:
+        """Return options and values to try for an actor, in order."""
+        section = self.actors[actor]
+        lossy = section.lossy_trial_options if self.allow_loss else {}
+        return (*lossy.items(), *section.trial_options.items())
+
+    def allowing_loss(self) -> "Profile":
+        """Return the profile with `allow_loss`, under another name, since its shots take another time."""
+        return self.model_copy(update={"allow_loss": True, "name": f"{self.name}{LOSSY}"})
 
     @property
     def checker(self) -> Safety | None:
@@ -338,6 +362,8 @@ def _resolve_all(references: Mapping[str, str], folder: Path | None) -> tuple[di
 
 AUTO = "auto"
 """Name of the profile that is chosen for the GPUs at hand, see `planner.profile_for`."""
+LOSSY = "-lossy"
+"""Ending of the name of a built-in profile with `allow_loss`."""
 SIZED = re.compile(r"gpu-(\d+)gb")
 """Names of the profile `gpu` for a GPU of this nominal size."""
 REPORTED_SHARE = 0.98
@@ -353,7 +379,13 @@ def builtin_profiles() -> list[str]:
 
 def is_builtin(name: str) -> bool:
     """Return whether this is the name of a built-in profile, and no path."""
-    return name in (AUTO, *builtin_profiles()) or SIZED.fullmatch(name) is not None
+    plain = name.removesuffix(LOSSY)
+    return plain in (AUTO, *builtin_profiles()) or SIZED.fullmatch(plain) is not None
+
+
+def is_auto(name: str) -> bool:
+    """Return whether the profile of this name is chosen for the GPUs at hand."""
+    return name.removesuffix(LOSSY) == AUTO
 
 
 def load_profile(name_or_path: str) -> Profile:
@@ -366,6 +398,8 @@ def load_profile(name_or_path: str) -> Profile:
     try:
         if path.suffix in (".yaml", ".yml"):
             content, source = load_yaml(path), path.absolute()
+        elif name_or_path.endswith(LOSSY):
+            return load_profile(name_or_path.removesuffix(LOSSY)).allowing_loss()
         elif sized := SIZED.fullmatch(name_or_path):
             return load_profile("gpu").for_size(int(sized[1]))
         elif name_or_path in ("gpu", *builtin_profiles()):

@@ -175,7 +175,7 @@ def _with_settled_options(
     """
     if (recorded := recorded_options(profile, outputs)) is not profile:
         return recorded
-    if not any(actor.trial_options for actor in profile.actors.values()):
+    if not any(profile.tried_options(actor) for actor in profile.actors):
         return profile
     cluster = options.cluster or cluster_at(options.address)
     # The lines are checked once more for this: only if there is something to try.

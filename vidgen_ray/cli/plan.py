@@ -38,7 +38,7 @@ from vidgen_ray.planner.cluster import Cluster, profile_for
 from vidgen_ray.planner.demand import Calibration, Demand, load_calibration
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
-from vidgen_ray.planner.speed_trials import open_trials
+from vidgen_ray.planner.speed_trials import accepted_losses, open_trials
 from vidgen_ray.profile import AUTO, Profile
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE
 from vidgen_ray.script.lines import Line
@@ -169,7 +169,8 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
     actors = dict.fromkeys(STAGE_BY_NAME[stage].actor for stage in planned.stage_seconds)
     trials = {actor: dict.fromkeys(trial.option for trial, _ in open_trials(profile, actor, cluster.kinds)) for actor in actors}
     untried = "; ".join(f"{actor} {', '.join(options)}" for actor, options in trials.items() if options)
-    notes = [*planned.notes, *server_problems(profile)]
+    lossy = (f"lossy option in use, {each}" for each in accepted_losses(profile, cluster.kinds))
+    notes = [*planned.notes, *server_problems(profile), *lossy]
     for note in (*notes, *([f"speed options that were not tried on these GPUs: {untried}"] if untried else [])):
         console.print(f"note: {escape(note)}", soft_wrap=True)
 

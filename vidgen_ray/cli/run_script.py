@@ -61,7 +61,7 @@ from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.manifest_writer import FAILURES_FILE, failed_lines, to_utf8
 from vidgen_ray.outputs.storage import URL, no_results, storage_at
 from vidgen_ray.planner.cluster import Cluster, profile_for, this_machine
-from vidgen_ray.profile import AUTO, Profile
+from vidgen_ray.profile import AUTO, Profile, is_auto
 from vidgen_ray.render.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.script.lines import Line, ScriptSettings
 from vidgen_ray.script.read import iter_script
@@ -247,9 +247,9 @@ def render(
         from vidgen_ray.cli.render_on_server import ServerRun, check_options, render_on_server
 
         check_options(ctx)
-        chosen = profile_for("demo" if profile == AUTO else profile)
+        chosen = profile_for("demo" if is_auto(profile) else profile)
         settings = lines.settings(scripts, chosen, seed, until)
-        settings = replace(settings, profile_defaults={}) if profile == AUTO else settings
+        settings = replace(settings, profile_defaults={}) if is_auto(profile) else settings
         check_lines(settings, strict=strict)
         options = replace(run, command=(*words, profile, *given_words(ctx, RECORDED), "--to", to))
         render_on_server(ServerRun(to, settings, chosen, options, require), out, as_json=as_json, then_prune=prune)
@@ -259,7 +259,7 @@ def render(
     check_lines(settings, strict=strict)
     if require is not None:
         require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
-    named = chosen.name if profile == AUTO else profile
+    named = chosen.name if is_auto(profile) else profile
     command = (*words, named, *given_words(ctx, RECORDED - {"c2pa_key"}))
     options = replace(run, keep_stages=bool(keep), listener="score" if score else None, command=command)
     run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import Cluster
+from vidgen_ray.planner.loss import COMPARED_SHOTS
 from vidgen_ray.planner.speed_trials import Trial, TrialResult, open_trials, settled, try_option, try_options
 from vidgen_ray.profile import Profile
 from vidgen_ray.render.oom_fallback import prepare_gpu
@@ -29,14 +31,17 @@ def run_trials(
     """
     from vidgen_ray.engine.ray_cluster import connected
 
-    examples: dict[str, dict[str, Shot]] = {}
+    examples: dict[str, list[tuple[str, Shot]]] = {}
+    passed = Counter[str]()
     for shot in shots:
         for stage in (stage for stage in stages_of(shot) if stage.actor in profile.actors):
-            examples.setdefault(stage.actor, {}).setdefault(stage.name, shot)
+            if passed[stage.name] < COMPARED_SHOTS:
+                passed[stage.name] += 1
+                examples.setdefault(stage.actor, []).append((stage.name, shot))
     actors = [actor for actor in examples if any(True for _ in open_trials(profile, actor, cluster.kinds))]
     with connected(address, 0) if actors else nullcontext():
         for actor in actors:
-            try_options(profile, actor, cluster.kinds, partial(_run, list(examples[actor].items())), on_message)
+            try_options(profile, actor, cluster.kinds, partial(_run, examples[actor]), on_message)
     return settled(profile, cluster.kinds)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.planner.speed_trials import CPU, settled
-from vidgen_ray.profile import AUTO, Profile, load_profile
+from vidgen_ray.profile import AUTO, LOSSY, Profile, load_profile
 from vidgen_ray.stages.memory_table import Workload
 
 
@@ -318,20 +318,23 @@ def _local_gpus() -> Iterator[tuple[str, float | None]]:
 def profile_for(name_or_path: str, cluster: Callable[[], Cluster] = this_machine) -> Profile:
     """Load a profile with the options for these GPUs, and those that trials on them have accepted.
 
-    `auto`: `gpu` on GPUs, `demo` without any.
+    `auto`: `gpu` on GPUs, `demo` without any. `auto-lossy`: the same with lossy options.
     In a cluster with several kinds of GPUs, those of the kind that computes most in total decide. `cluster` is only called if
     it matters. Raises ProfileError.
     """
-    found = cluster() if name_or_path == AUTO else None
-    profile = load_profile(name_or_path if found is None else "gpu" if found.gpus else "demo")
+    lossless = name_or_path.removesuffix(LOSSY)
+    found = cluster() if lossless == AUTO else None
+    profile = load_profile(lossless if found is None else "gpu" if found.gpus else "demo")
     actors = profile.actors.values()
     has_sizes = bool(profile.smaller) or any(actor.smaller for actor in actors)
-    if not has_sizes and not any(actor.trial_options for actor in actors):
-        return profile
-    found = found or cluster()
-    if has_sizes and found.gpus:
+    has_trials = any(actor.trial_options or actor.lossy_trial_options for actor in actors)
+    if has_sizes or has_trials:
+        found = found or cluster()
+    if found and has_sizes and found.gpus:
         card = found.assumed_cards[0]
         smallest_gb = min(gb for node in found.nodes if node.assumed_card == card for gb in node.gpus)
         # What moves weights to the host on small GPUs gains nothing in unified memory.
         profile = profile.for_size(ceil(card.memory_gb if card.unified else smallest_gb))
-    return settled(profile, found.kinds)
+    if lossless != name_or_path:
+        profile = profile.allowing_loss()
+    return settled(profile, found.kinds) if found and has_trials else profile

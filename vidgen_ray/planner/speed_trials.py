@@ -1,7 +1,8 @@
 """Trials of speed options: run stages with and without an option, keep the results by kind of GPU, and choose options by them.
 
-A profile names options to try in `trial_options`. One that raises, changes the result too much or is not faster is left out, so
-a fast default never makes a clip fail. Options are settled before content keys are planned, and stay settled during a run.
+A profile names options to try in `trial_options`, and lossy ones, which need `allow_loss`, in `lossy_trial_options`. One that
+raises, changes the result too much or is not faster is left out, so a fast default never makes a clip fail. Options are settled
+before content keys are planned, and stay settled during a run.
 """
 
 from __future__ import annotations
@@ -23,9 +24,22 @@ from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import FrozenModel
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.nets.torch_private import call_replaced
+from vidgen_ray.planner.loss import (
+    DEFAULT_LIMIT,
+    Loss,
+    LossLimit,
+    as_clip,
+    example_face,
+    example_pictures,
+    example_shots,
+    likenesses,
+    limit_of,
+    loss_of,
+    with_picture,
+)
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LORA_FIELDS, LoraRef, Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Item, Stage
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.system.cache_dir import CacheFile
 from vidgen_ray.system.free_memory import free_gpu_memory
 
@@ -56,11 +70,18 @@ class Trial(NamedTuple):
     value: JsonValue
 
     @property
+    def limit(self) -> LossLimit | None:
+        """LossLimit of the loss. `None` if the option changes no more than the rounding."""
+        is_lossy = (self.option, self.value) in self.profile.actors[self.actor].lossy_trial_options.items()
+        return limit_of(self.option, self.value) or (DEFAULT_LIMIT if is_lossy else None)
+
+    @property
     def key(self) -> str:
         """Text that identifies the trial on one kind of GPU."""
-        section = self.profile.actors[self.actor]
-        options = {name: value for name, value in section.options.items() if name not in section.trial_options}
-        known = [section.weights, section.dtype, section.device, options, list(section.trial_options.items()), _versions()]
+        section, tried = self.profile.actors[self.actor], self.profile.tried_options(self.actor)
+        options = {name: value for name, value in section.options.items() if name not in dict(tried)}
+        limit = self.limit and self.limit.model_dump()
+        known = [section.weights, section.dtype, section.device, options, tried, self.value, limit, _versions()]
         return f"{self.actor} {self.option} {hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}"
 
     @property
@@ -85,6 +106,10 @@ class TrialResult(FrozenModel):
     """Largest relative L2 difference of the first calls of the network."""
     in_fp8: bool = False
     """The network has weights in fp8."""
+    loss: Loss | None = None
+    """Loss of images or clips. `None` for options that change no more than the rounding."""
+    limit: LossLimit | None = None
+    """Largest loss that is allowed."""
     error: str = ""
     """Error that the option raised. Empty if it raised none."""
 
@@ -93,6 +118,8 @@ class TrialResult(FrozenModel):
         """Reason why the option is left out. Empty if it is used."""
         if self.error:
             return self.error
+        if self.loss and self.limit and (lost := self.loss.above(self.limit)):
+            return lost
         allowed = MAX_DIFFERENCE_FP8 if self.in_fp8 else MAX_DIFFERENCE
         # Also for NaN.
         if not self.difference <= allowed:
@@ -100,7 +127,8 @@ class TrialResult(FrozenModel):
         return "" if self.speedup >= MIN_SPEEDUP else f"is not faster ({self.speedup:.2f} times)"
 
     def __str__(self) -> str:
-        return f"left out: {self.rejected}" if self.rejected else f"used, {self.speedup:.2f} times as fast"
+        lost = f", {self.loss}" if self.loss else ""
+        return f"left out: {self.rejected}" if self.rejected else f"used, {self.speedup:.2f} times as fast{lost}"
 
 
 _results = CacheFile("trials.json", TypeAdapter(dict[str, dict[str, TrialResult]]))
@@ -110,8 +138,8 @@ _results = CacheFile("trials.json", TypeAdapter(dict[str, dict[str, TrialResult]
 def settled(profile: Profile, cards: Sequence[str]) -> Profile:
     """Return the profile with the options that trials on all these kinds of GPUs have accepted."""
     stored = _results.read()
-    for actor, section in profile.actors.items():
-        for option, value in section.trial_options.items():
+    for actor in profile.actors:
+        for option, value in profile.tried_options(actor):
             trial = Trial(profile, actor, option, value)
             results = [stored.get(card, {}).get(trial.key) for card in _cards(profile, actor, cards)]
             if results and all(result is not None and not result.rejected for result in results):
@@ -119,10 +147,22 @@ def settled(profile: Profile, cards: Sequence[str]) -> Profile:
     return profile
 
 
+def accepted_losses(profile: Profile, cards: Sequence[str]) -> Iterator[str]:
+    """Yield each lossy option in use that a trial has accepted, with its loss."""
+    stored = _results.read()
+    for actor, section in profile.actors.items():
+        in_use = [each for each in profile.tried_options(actor) if each in section.options.items()]
+        for trial in (Trial(profile, actor, *each) for each in in_use):
+            losses = [
+                known[trial.key].loss for card in _cards(profile, actor, cards) if trial.key in (known := stored.get(card, {}))
+            ]
+            yield from (f"{actor}: {trial.option}={trial.value}, {loss}" for loss in losses if loss)
+
+
 def open_trials(profile: Profile, actor: str, cards: Sequence[str]) -> Iterator[tuple[Trial, str]]:
     """Yield the trials of an actor without a result, each with a kind of GPU to run it on. `keep` the result of each before the
     next one: options that were accepted are part of the next trials."""
-    for option, value in profile.actors[actor].trial_options.items():
+    for option, value in profile.tried_options(actor):
         for card in _cards(profile, actor, cards):
             trial = Trial(settled(profile, cards), actor, option, value)
             if is_tried_on(card, value) and trial.key not in _results.read().get(card, {}):
@@ -159,9 +199,11 @@ def as_recorded(profile: Profile, recorded: Mapping[str, Any]) -> Profile:
     changed = {}
     for name, actor in profile.actors.items():
         other = recorded.get("actors", {}).get(name, {})
-        if recorded.get("name") == profile.name and other.get("trial_options") == actor.trial_options:
-            options = {option: value for option, value in actor.options.items() if option not in actor.trial_options}
-            options |= {option: value for option, value in other["options"].items() if option in actor.trial_options}
+        are_equal = all(other.get(kind, {}) == getattr(actor, kind) for kind in ("trial_options", "lossy_trial_options"))
+        if recorded.get("name") == profile.name and are_equal:
+            tried = actor.trial_options.keys() | actor.lossy_trial_options.keys()
+            options = {option: value for option, value in actor.options.items() if option not in tried}
+            options |= {option: value for option, value in other["options"].items() if option in tried}
             changed[name] = actor.model_copy(update={"options": options})
     return profile.model_copy(update={"actors": {**profile.actors, **changed}}) if changed else profile
 
@@ -200,20 +242,61 @@ def try_options(
 def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
     """Run shots through stages of the actor with and without the option, on this machine. `shots`: stage and shot.
 
-    Raises what the stages raise without the option.
+    A lossy option is compared by the results of several shots, all others by a call of the network. Raises what the stages
+    raise without the option.
     """
+    by_stage: dict[str, list[Shot]] = {}
+    for name, shot in shots:
+        by_stage.setdefault(name, []).append(shot)
+    if trial.limit:
+        return _try_lossy_option(trial, trial.limit, by_stage)
     in_fp8 = trial.with_option.actors[trial.actor].options.get("quantize", "none") != "none"
     with tempfile.TemporaryDirectory(prefix="vidgen-trial-") as folder:
-        calls = [(STAGE_BY_NAME[name], _calls(STAGE_BY_NAME[name], shot, Path(folder, name))) for name, shot in shots]
+        calls = [
+            (STAGE_BY_NAME[name], _calls(STAGE_BY_NAME[name], own[0], Path(folder, name))) for name, own in by_stage.items()
+        ]
         plain_s, plain = _timed(trial.profile, calls)
         try:
             tried_s, tried = _timed(trial.with_option, calls)
         # Compilers, kernels and packages raise errors of any class.
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return TrialResult(error=reason[:_MAX_REASON], in_fp8=in_fp8)
+            return TrialResult(error=_reason(error), in_fp8=in_fp8)
     difference = max(_difference(a, b) for a, b in zip(plain, tried, strict=True))
     return TrialResult(speedup=plain_s / tried_s, difference=difference, in_fp8=in_fp8)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_REASON]
+
+
+def _try_lossy_option(trial: Trial, limit: LossLimit, shots: Mapping[str, Sequence[Shot]]) -> TrialResult:
+    """Compare seconds and results of a lossy option with those without it. `shots`: stage -> its shots."""
+    face = example_face(trial.profile)
+    plain_s, plain = _timed_results(trial.profile, shots, face)
+    try:
+        tried_s, tried = _timed_results(trial.with_option, shots, face)
+    except Exception as error:
+        return TrialResult(error=_reason(error), limit=limit)
+    likeness = [] if face is None else likenesses(trial.profile, face, [*plain, *tried])
+    return TrialResult(speedup=plain_s / tried_s, loss=loss_of(plain, tried, likeness), limit=limit)
+
+
+def _timed_results(
+    profile: Profile, shots: Mapping[str, Sequence[Shot]], face: FaceFeatures | None
+) -> tuple[float, list[Frames]]:
+    """Return the seconds of all shots but the first of each stage, with all of their steps, and the results of all."""
+    seconds, results = 0.0, []
+    for name, own in shots.items():
+        stage_class = STAGE_BY_NAME[name]
+        with stage_class(profile.params(stage_class)) as stage:
+            for number, (shot, picture) in enumerate(zip(example_shots(own), example_pictures(), strict=True)):
+                item = with_picture(invented_item(stage_class, shot), picture, face)
+                begun = time.perf_counter()
+                results.append(as_clip(run_once(stage, item)))
+                seconds += time.perf_counter() - begun if number else 0.0
+        del stage
+        free_gpu_memory()
+    return seconds, results
 
 
 def _calls(stage_class: type[Stage[Any]], shot: Shot, folder: Path) -> list[tuple[Shot, Shot]]:
