@@ -1,8 +1,8 @@
 """Machines to plan for: GPUs with memory, speed and price, CPUs, host memory; and the profile that suits their GPUs.
 
 Speeds are those of NVIDIA's data sheets and architecture white papers: dense tensor-core operations in 16 bits with sums in 32
-bits, without sparsity. GeForce cards add in 32 bits at half the speed that is advertised: an eighth of the "AI TOPS" of the RTX 40
-series, which are sparse and of 8 bits, and a sixteenth of those of the RTX 50 series, which are of 4 bits.
+bits, without sparsity. GeForce cards add in 32 bits at half the speed that is advertised: an eighth of the "AI TOPS" of the
+RTX 40 series, which are sparse and of 8 bits, and a sixteenth of those of the RTX 50 series, which are of 4 bits.
 """
 
 from __future__ import annotations
