@@ -99,6 +99,7 @@ SVD_OPTIONS: tuple[Options, ...] = (
     {"compile": True},
     {"forward_chunking": True},
     {"decode_chunk_frames": 1},
+    {"guidance_interval": (0.0, 0.6)},
     *HALF_PRECISION,
 )
 HUNYUAN_OPTIONS: tuple[Options, ...] = ({"compile": True}, *HALF_PRECISION)
