@@ -28,6 +28,7 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import DERIVED_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
+from vidgen_ray.stages.schedules import SCHEDULES
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "vidgen_ray"
@@ -182,8 +183,20 @@ def modules() -> Iterator[str]:
             yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}"
 
 
+def schedules() -> Iterator[str]:
+    """Yield the rows of the schedules that the authors of weights state."""
+    yield "| `schedule` | scheduler | shift | timesteps | steps, guidance | the authors' | source |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for name, each in SCHEDULES.items():
+        scheduler = each.scheduler.removesuffix("Scheduler").removesuffix("Discrete").removesuffix("Multistep")
+        settings = f"{each.steps}, {f'{each.guidance:g}' if each.guidance else 'none'}"
+        cells = (f"`{name}`", scheduler, each.shift, each.timesteps, settings, each.authors or "the same", each.source)
+        yield f"| {' | '.join(cells)} |"
+
+
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
+    "models.md": {"schedules": schedules},
     "dataset.md": {"scores": score_columns},
     "architecture.md": {
         "records": records,

@@ -214,6 +214,7 @@ class ShotPlanner:
             raise StageError(f"continue_from: the last frame of {shot.continue_from} is not known yet; see Shot.continued")
         stages = stages_of(shot) if stages is None else stages
         for stage in stages:
+            self._params[stage.name].check_shot(shot, stage.name)
             stage.check_shot(self._params[stage.name], shot)
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)

@@ -240,13 +240,16 @@ def test_more_memory_is_never_slower_and_leaves_room():
 
 
 def test_options_follow_from_the_memory():
+    dev, lightning = {"schedule": "flux.1-dev"}, {"schedule": "wan2.2-lightning"}
+
     def chosen(gb):
         actors = profile_for("auto", lambda: machine(gb)).actors
         return actors["flux"].options, "TI2V" in actors["wan"].weights, actors["wan"].options
 
-    assert chosen(23.6) == ({"quantize": "fp8_storage", "text_encoder": "swapped"}, True, {"cpu_offload": True})
-    assert chosen(44.4) == ({"text_encoder": "swapped"}, False, {"cpu_offload": True})
-    assert chosen(79.2) == ({}, False, {})
+    small = {"schedule": "wan2.2-ti2v-5b", "cpu_offload": True}
+    assert chosen(23.6) == ({**dev, "quantize": "fp8_storage", "text_encoder": "swapped"}, True, small)
+    assert chosen(44.4) == ({**dev, "text_encoder": "swapped"}, False, {**lightning, "cpu_offload": True})
+    assert chosen(79.2) == (dev, False, lightning)
     planned = plan_run(load_profile("gpu"), demand_of([Shot(prompt="a", upscaler="x4plus", **FACE)] * 9), machine(39.4))
     assert planned.options == {"flux": {"text_encoder": "swapped"}}
     assert load_profile("gpu").with_options(planned.options).actors["flux"].options["text_encoder"] == "swapped"

@@ -233,7 +233,9 @@ def _stages(planned: Plan, profile: Profile) -> Table:
         actor = profile.actor_of(STAGE_BY_NAME[stage])
         share = f"{planned.peak_share[stage]:.0%}" if stage in planned.peak_share else "-"
         at_load = planned.options.get(STAGE_BY_NAME[stage].actor, {})
-        options = ", ".join(f"{name}={value}" for name, value in {**actor.options, **at_load}.items())
+        # The schedule depends on the weights, not on the GPU.
+        shown = {name: value for name, value in {**actor.options, **at_load}.items() if name != "schedule"}
+        options = ", ".join(f"{name}={value}" for name, value in shown.items())
         because = "; ".join(filter(None, (actor.reason, "GPU memory" if at_load else "")))
         table.add_row(stage, _short(seconds), share, actor.dtype or "", escape(options), because)
     return table

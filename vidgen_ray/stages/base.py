@@ -239,6 +239,13 @@ class StageParams(StrictModel):
         """Return options that name what is not on this machine, such as the model of a server. Raises SetupError."""
         return {}
 
+    def check_shot(self, shot: Shot, stage: str) -> None:
+        """Raise StageError for a shot whose settings of this stage these parameters do not allow, whatever its size."""
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes for the user about the parameters and the files of the weights."""
+        yield from ()
+
     def resolved(self) -> Self:
         """Return a copy with machine-dependent values made concrete, for content keys and for other machines."""
         return self
@@ -325,6 +332,7 @@ class Stage(ABC, Generic[P]):
         """Records of the jobs of servers. Executors store them in the output folder."""
         self._notes: dict[int, tuple[str, ...]] = {}
         """Thread -> notes of its current call."""
+        self._has_noted_params = False
 
     @classmethod
     def applies(cls, shot: Shot) -> bool:
@@ -527,12 +535,18 @@ class Stage(ABC, Generic[P]):
     def __call__(self, item: Item) -> Artefacts:
         import torch
 
+        self._note_params()
         self._note_dark_start(item)
         with torch.inference_mode(), torch_threads(self.params.threads):
             raise_recompile_limit()
             result = self.run(item)
         _require_finite(result)
         return result
+
+    def _note_params(self) -> None:
+        if not self._has_noted_params:
+            self._has_noted_params = True
+            self.note(*self.params.notes())
 
     def _note_dark_start(self, item: Item) -> None:
         """Note a start image that is black, or nearly so."""

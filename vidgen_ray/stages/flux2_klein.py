@@ -41,8 +41,9 @@ from vidgen_ray.stages.memory_table import (
     offload_work,
     weight_bytes,
 )
+from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
 
-DISTILLED_STEPS, BASE_STEPS = 4, 50
+DISTILLED_STEPS, BASE_STEPS = SCHEDULES["flux.2-klein"].steps, 50
 """Default steps of the distilled weights and of the base weights."""
 _DEFAULT_GUIDANCE = 4.0
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -54,7 +55,9 @@ OTHER_SIZE = re.compile(r"klein(-base)?-9b", re.IGNORECASE)
 """Weights of another size than those of the memory table."""
 
 
-class Flux2KleinParams(ImageParams):
+class Flux2KleinParams(ImageParams, ScheduleParams):
+    schedule_actor: ClassVar[str] = "klein"
+
     text_tokens: int = Field(default=512, ge=1, le=512)
     """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
     text_layers: tuple[int, int, int] = (9, 18, 27)

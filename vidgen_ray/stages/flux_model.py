@@ -27,6 +27,7 @@ from vidgen_ray.stages.loading import (
 )
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
+from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
 from vidgen_ray.stages.speed import CompileParams, compute_in_fp8, speed_up, store_in_fp8
 
 T5 = "text_encoder_2"
@@ -36,14 +37,16 @@ SCHNELL_TEXT_TOKENS = 256
 """T5 tokens that FLUX.1-schnell was trained with. diffusers would silently accept more."""
 CACHED_PROMPTS = 64
 """Prompts whose embeddings are cached in memory. An embedding takes 4 MB at 512 tokens in bfloat16."""
-DEFAULT_STEPS = 28
+DEFAULT_STEPS = SCHEDULES["flux.1-dev"].steps
 """Default steps of FLUX.1-dev."""
-_DEFAULT_GUIDANCE = 3.5
-SCHNELL_STEPS = 4
+_DEFAULT_GUIDANCE = SCHEDULES["flux.1-dev"].guidance
+SCHNELL_STEPS = SCHEDULES["flux.1-schnell"].steps
 """Default steps of FLUX.1-schnell."""
 
 
-class FluxParams(CompileParams, TiledParams):
+class FluxParams(CompileParams, TiledParams, ScheduleParams):
+    schedule_actor: ClassVar[str] = "flux"
+
     text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
     """Place of T5. gpu: with the other networks. swapped: T5 and the transformer take turns in GPU memory, for each new prompt.
     cpu: T5 stays in host memory and runs there."""

@@ -20,10 +20,11 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import TiledParams, TiledStage, diffusers_classes, load_pipeline, move_networks, set_vae_tiles
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
 from vidgen_ray.stages.speed import CompileParams, compile_blocks, require_sdpa_backend, sdpa_backend
 
-_DEFAULT_STEPS = 30
-_DEFAULT_GUIDANCE = 5.0
+_SCHEDULE = SCHEDULES["hunyuandit-1.2"]
+_DEFAULT_STEPS, _DEFAULT_GUIDANCE = _SCHEDULE.steps, _SCHEDULE.guidance
 MT5_TOKENS = 256
 CANVASES: Mapping[float, tuple[tuple[int, int], ...]] = {
     1: ((1024, 1024), (1280, 1280)),
@@ -40,7 +41,9 @@ REPEATED_BLOCKS = ("HunyuanDiTBlock",)
 """Class of the transformer's blocks, which diffusers does not state for this network."""
 
 
-class HunyuanDiTParams(CompileParams, TiledParams):
+class HunyuanDiTParams(CompileParams, TiledParams, ScheduleParams):
+    schedule_actor: ClassVar[str] = "hunyuan"
+
     standard_shapes: bool = True
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
 

@@ -33,6 +33,7 @@ from vidgen_ray.stages.loading import (
     set_vae_tiles,
 )
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
 from vidgen_ray.stages.speed import ChannelsLastParams, use_channels_last
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ _MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_a
 """Config values that must be equal in IdentityNet and the UNet."""
 
 
-class InstantIDSDXLParams(ChannelsLastParams, TiledParams):
+class InstantIDSDXLParams(ChannelsLastParams, TiledParams, ScheduleParams):
     """`weights` is a diffusers folder of SDXL base. `extra_weights.instantid` is the published folder of InstantID."""
 
-    steps: int = Field(default=30, ge=1, le=200)
-    guidance: float = Field(default=5.0, gt=1, le=30)
+    schedule_actor: ClassVar[str] = "instantid_sdxl"
+
+    steps: int = Field(default=SCHEDULES["sdxl"].steps, ge=1, le=200)
+    guidance: float = Field(default=SCHEDULES["sdxl"].guidance, gt=1, le=30)
     """Classifier-free guidance scale against the negative prompt and the embedding of zeros."""
     adapter_scale: float = Field(default=0.8, ge=0, le=2)
     """Scale of the face in the UNet's attention at `identity_strength` 1."""

@@ -18,6 +18,7 @@ from vidgen_ray.nets.torch_private import plain_tensors
 from vidgen_ray.nets.weight_files import library_errors, require_finite_weights, silence_libraries
 from vidgen_ray.stages.base import NOT_IN_KEY, Artefacts, Item, Stage, StageParams, torch_dtype
 from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes
+from vidgen_ray.stages.schedules import use_schedule
 from vidgen_ray.stages.speed import CompileParams, compute_in_fp8, is_in_fp8, require_fp8, speed_up
 from vidgen_ray.system.model_files import check_pipeline_folder
 
@@ -100,6 +101,7 @@ def load_pipeline(
             on_host = load(**dict.fromkeys(name for name in others if name not in missing))
             kwargs |= {name: on_host.components[name] for name in missing}
         pipe = load(**direct, **kwargs)
+    use_schedule(pipe, params)
     pipe.set_progress_bar_config(disable=True)
     search_hooks_once()
     import torch

@@ -33,6 +33,8 @@ _TILE_PX = 512
 
 
 class LTXParams(PromptedVideoParams):
+    schedule_actor: ClassVar[str] = "ltx"
+
     text_tokens: int = Field(default=128, ge=1, le=512)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
     decode_timestep: float = Field(default=0.05, ge=0, le=1)

@@ -35,10 +35,11 @@ from vidgen_ray.stages.memory_table import (
     stored,
     weight_bytes,
 )
+from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
 from vidgen_ray.stages.speed import Fp8Params
 
-_DEFAULT_STEPS = 40
-_DEFAULT_GUIDANCE = 4.0
+_DEFAULT_STEPS = SCHEDULES["qwen-image-edit"].steps
+_DEFAULT_GUIDANCE = SCHEDULES["qwen-image-edit"].guidance
 SEEN_PIXELS = 1024 * 1024
 """Pixels that the pipeline scales each image to."""
 MAX_PHOTOS = 2
@@ -50,8 +51,10 @@ NO_NEGATIVE = " "
 """Negative prompt of the reference. Without one, the pipeline uses no guidance."""
 
 
-class QwenEditParams(ImageParams, Fp8Params):
+class QwenEditParams(ImageParams, Fp8Params, ScheduleParams):
     """Parameters of Qwen-Image-Edit."""
+
+    schedule_actor: ClassVar[str] = "qwen_edit"
 
 
 class QwenEditStage(ImageStage[QwenEditParams]):

@@ -21,6 +21,7 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.context_parallel import divide_passes
 from vidgen_ray.stages.loading import diffusers_classes, dtypes_kept, load_pipeline, move_networks
 from vidgen_ray.stages.memory_table import ShotWork, StageMemory, activation_bytes, network_work, weight_bytes
+from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
 from vidgen_ray.stages.speed import (
     ChannelsLastParams,
     CompileParams,
@@ -34,8 +35,8 @@ from vidgen_ray.stages.speed import (
 )
 from vidgen_ray.stages.video import VideoStage, clip_host_bytes
 
-_DEFAULT_STEPS = 25
-_DEFAULT_GUIDANCE = 3.0
+_DEFAULT_STEPS = SCHEDULES["svd-xt"].steps
+_DEFAULT_GUIDANCE = SCHEDULES["svd-xt"].guidance
 ATTENTION_BATCH = 65_535
 """Largest batch of torch's attention kernels on a GPU (pytorch #142228). Attention between the frames has one row per 8x8
 pixels and pass."""
@@ -48,7 +49,9 @@ PASSES_GAIN = 1.9
 """Factor by which two GPUs or more compute a step faster, of which each half has one of its two passes. *Assumed.*"""
 
 
-class SVDParams(CompileParams, ChannelsLastParams, GuidanceIntervalParams):
+class SVDParams(CompileParams, ChannelsLastParams, GuidanceIntervalParams, ScheduleParams):
+    schedule_actor: ClassVar[str] = "svd"
+
     decode_chunk_frames: int = Field(default=5, ge=1)
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False

@@ -32,6 +32,7 @@ from vidgen_ray.stages.context_parallel import begin_call
 from vidgen_ray.stages.loading import OffloadedParams, OffloadedStage, speed_up_transformers
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import RESULT_COPIES
+from vidgen_ray.stages.schedules import ScheduleParams
 from vidgen_ray.stages.speed import is_in_fp8
 from vidgen_ray.video_models import VIDEO_MODELS
 
@@ -111,7 +112,7 @@ class VideoStage(Stage[P]):
         return {"frames": np.concatenate(parts)}
 
 
-class PromptedVideoParams(OffloadedParams):
+class PromptedVideoParams(OffloadedParams, ScheduleParams):
     text_tokens: int = Field(default=512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(default=4, ge=1)
@@ -207,7 +208,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
         generator = noise_generator(self.generator_seed(shot))
         self.pipe.vae.use_tiling = self.params.vae_tiling
-        negative = {"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {}
+        negative = {"negative_prompt": self._negative_prompt(shot)} if self.guidance(shot) > 1 else {}
         begin_call(guided=self.guidance(shot) > 1)
         with self.adapters.active(shot.video_lora):
             self.note(*self.adapters.take_notes())
@@ -218,7 +219,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
-                num_inference_steps=getattr(shot.steps, self.name) or self.default_steps,
+                num_inference_steps=self.steps_of(shot),
                 max_sequence_length=self.params.text_tokens,
                 generator=generator,
                 guidance_scale=self.guidance(shot),
@@ -229,6 +230,10 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
             )
         pixels = self.decode(latents, item, generator)
         return pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
+
+    def _negative_prompt(self, shot: Shot) -> str:
+        stated = self.params.stated.negative_prompt if self.params.stated else ""
+        return stated if shot.negative_prompt is None else shot.negative_prompt
 
 
 def prompt_of(shot: Shot) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
@@ -25,6 +25,7 @@ from vidgen_ray.stages.memory_table import (
     stored,
     weight_bytes,
 )
+from vidgen_ray.stages.schedules import SCHEDULES
 from vidgen_ray.stages.speed import Fp8Params
 from vidgen_ray.stages.video import CLIP_PROMPT_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
@@ -32,7 +33,7 @@ from vidgen_ray.system.model_files import PIPELINE_INDEX
 if TYPE_CHECKING:
     import torch
 
-GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
+GUIDANCE_A14B, GUIDANCE_TI2V = (SCHEDULES[name].guidance for name in ("wan2.2-i2v-a14b", "wan2.2-ti2v-5b"))
 """Default guidance scales of the two models."""
 _TEXT_ENCODER = "wan/text_encoder"
 DECODED_FRAMES = 9
@@ -42,8 +43,16 @@ TILE_PX, TILE_STEP_PX = 256, 192
 
 
 class WanParams(PromptedVideoParams, Fp8Params):
+    schedule_actor: ClassVar[str] = "wan"
+
     flow_shift: float | None = Field(default=None, gt=0)
-    """Shift of the noise schedule. Published: 3 to 5, higher for more pixels. `None`: that of the weights."""
+    """Shift of the noise schedule. Published: 3 to 5, higher for more pixels. `None`: that of the weights, or of `schedule`."""
+
+    @model_validator(mode="after")
+    def _check_shift(self) -> Self:
+        if self.flow_shift is not None and self.schedule is not None:
+            raise ValueError(f"flow_shift must be left out with schedule {self.schedule}, whose shift is stated")
+        return self
 
 
 class WanStage(PromptedVideoStage[WanParams]):
