@@ -210,11 +210,21 @@ def test_first_clip_waits_for_weights_and_for_the_turn_before(gpus, shots, turns
     shot_s = sum(seconds.values()) + FIRST_CALL_S * len(on_gpu)
     turn_s = turns * (seconds["flux"] + seconds["lora"])
     assert planned.first_clip_s == pytest.approx(planned.load_s + shot_s + turn_s)
-    stored = "flux/transformer" if gpus == "1xH100" else "flux/transformer:fp8_storage"
-    largest = (stored, "flux/text_encoder_2", "infusenet/net", "svd/unet")
-    weights_gb = sum(weight_bytes(name, "float16") for name in largest) / GB
-    assert weights_gb / DISK_GB_PER_S < planned.load_s - START_SECONDS < 1.4 * weights_gb / DISK_GB_PER_S
+    # SVD and InfuseNet are published in 32 bits, and weights in 8 bits are read in 16.
+    files = {"flux/transformer": 1, "flux/text_encoder_2": 1, "infusenet/net": 2, "svd/unet": 2}
+    files_gb = sum(factor * weight_bytes(name, "float16") for name, factor in files.items()) / GB
+    assert files_gb / DISK_GB_PER_S < planned.load_s - START_SECONDS < 1.2 * files_gb / DISK_GB_PER_S
     assert planned.first_clip_s < planned.seconds_high
+
+
+@pytest.mark.parametrize("gpus", ["1xH200", "1xL40S"])
+def test_loading_counts_the_bytes_on_disk(gpus):
+    """Wan 2.2 I2V-A14B has 126.2 GB of files, of which workers hold 69."""
+    cluster = parse_gpus(gpus)
+    shot = Shot(prompt="a", image="start.png", video_model="wan", num_frames=81, width=1280, height=704)
+    planned = plan_run(profile_for("auto", lambda: cluster), demand_of([shot]), cluster)
+    files_s = 126.2e9 / GB / DISK_GB_PER_S
+    assert files_s < planned.load_s - START_SECONDS < files_s + 69e9 / 25e9 + 2
 
 
 def test_more_memory_is_never_slower_and_leaves_room():

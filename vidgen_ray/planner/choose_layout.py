@@ -265,10 +265,14 @@ def estimate(
 
 
 def _load_seconds(actors: Sequence[Actor], cluster: Cluster) -> float:
-    """Return the seconds until processes have started and read their weights from disk, through the slowest link to a GPU."""
-    read_gb = sum(actor.gpu_gb + actor.host_gb - actor.copied_gb for actor in actors)
-    copy_s = max((card.copy_seconds(read_gb * GB) for card in cluster.assumed_cards), default=0.0)
-    return START_SECONDS + read_gb / DISK_GB_PER_S + copy_s
+    """Return the seconds until processes have started and read their weights from disk, through the slowest link to a GPU.
+
+    Weights are converted to the precision of the computation before they are copied.
+    """
+    held_gb = sum(actor.gpu_gb + actor.host_gb - actor.copied_gb for actor in actors)
+    copy_s = max((card.copy_seconds(held_gb * GB) for card in cluster.assumed_cards), default=0.0)
+    files_gb = sum(actor.files_gb for actor in actors)
+    return START_SECONDS + files_gb / DISK_GB_PER_S + copy_s
 
 
 def _wait_for_turns(assignments: Sequence[Assignment], shots: int) -> float:

@@ -17,7 +17,7 @@ from vidgen_ray.planner.layout import CONTEXT_GB, Actor, Assignment, needed_gb, 
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.stages.memory_table import StageMemory
+from vidgen_ray.stages.memory_table import StageMemory, file_bytes
 from vidgen_ray.video_models import VIDEO_MODELS
 
 STEP_PX = 64
@@ -65,6 +65,8 @@ class ActorMemory:
     host_gb: float
     copied_gb: float = 0.0
     """Part of `weights_gb` of which `host_gb` includes a copy."""
+    files_gb: float = 0.0
+    """Files from which the weights are read."""
     lowered: tuple[str, ...] = ()
     """Options that some shots need lower than the profile has them, such as `svd: decode_chunk_frames=1`."""
     refused: tuple[str, ...] = ()
@@ -84,9 +86,9 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
     """
     section = profile.actor_of(stages[0])
     if section.device == "cpu":
-        return ActorMemory(0.0, 0.0, section.memory_gb)
+        return ActorMemory(0.0, 0.0, section.memory_gb, files_gb=section.memory_gb)
     if section.memory_gb:
-        return ActorMemory(section.memory_gb, 0.0, 0.0)
+        return ActorMemory(section.memory_gb, 0.0, 0.0, files_gb=section.memory_gb)
     weights: dict[str, int] = {}
     host_weights: dict[str, int] = {}
     peak = results = 0
@@ -113,7 +115,17 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
             raise SetupError(message)
     host = results + sum(host_weights.values())
     copied = sum(size for part, size in host_weights.items() if part in weights)
-    return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, copied / GB, tuple(lowered), tuple(refused), options)
+    files = sum(file_bytes(part, held) for part, held in (host_weights | weights).items())
+    return ActorMemory(
+        weights_gb=sum(weights.values()) / GB,
+        peak_gb=peak / GB,
+        host_gb=host / GB,
+        copied_gb=copied / GB,
+        lowered=tuple(lowered),
+        refused=tuple(refused),
+        options=options,
+        files_gb=files / GB,
+    )
 
 
 def actors_of(
@@ -143,6 +155,7 @@ def actors_of(
             swappable=all(stage.move is not Stage.move for stage in members),
             peak_gb=memory.peak_gb,
             copied_gb=memory.copied_gb,
+            files_gb=memory.files_gb,
         )
         for position, ((name, members), memory) in enumerate(zip(by_name.items(), memories, strict=True))
     ]

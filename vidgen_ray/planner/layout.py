@@ -163,6 +163,8 @@ class Actor:
     """Further GPU memory during its largest call."""
     copied_gb: float = 0.0
     """Part of `gpu_gb` of which `host_gb` includes a copy."""
+    files_gb: float = 0.0
+    """Files from which its weights are read."""
     gpus: int = 1
     """GPUs that divide the work of each shot. Each holds all weights."""
 

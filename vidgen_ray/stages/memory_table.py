@@ -175,6 +175,28 @@ def weight_bytes(network: str, dtype: str) -> int:
     return load_table().weights[network] * (2 if dtype == "float32" and ":" not in network else 1)
 
 
+FLOAT32_FILES = frozenset(
+    {
+        *("wan/transformer", "wan/transformer_2", "wan/vae", "wan-ti2v/transformer", "wan-ti2v/vae"),
+        *("svd/unet", "svd/vae", "svd/image_encoder", "hunyuan/text_encoder_2", "infusenet/net"),
+    }
+)
+"""Networks whose published files have 32 bits per number. Wan 2.2 I2V-A14B has 126.2 GB, InfuseNet 11.8. SVD's files without
+`fp16` in their names are read, as of all weights."""
+
+
+def file_bytes(part: str, held_bytes: int) -> int:
+    """Return the bytes of the files from which a part of the weights is read. `held_bytes`: of the part in memory.
+
+    Weights that are held in 8 bits are read in full. Parts without files of their own count as they are held.
+    """
+    table = load_table().weights
+    network = part if part in table else part.removesuffix("_2")
+    if network not in table or part.endswith("/lora"):
+        return held_bytes
+    return table[network] * (2 if part in FLOAT32_FILES else 1)
+
+
 def stored(network: str, quantize: str) -> str:
     """Return the name in the table of a network's weights with this quantisation."""
     return network if quantize == "none" else f"{network}:{FP8}"
