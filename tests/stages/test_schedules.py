@@ -4,6 +4,7 @@ import json
 import math
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ HUNYUAN = [
     *(999, 966, 932, 899, 866, 832, 799, 766, 733, 699, 666, 633, 599, 566, 533),
     *(499, 466, 433, 400, 366, 333, 300, 266, 233, 200, 166, 133, 100, 67, 33),
 ]
+LIGHTNING_OPTIONS = {"schedule": "wan2.2-lightning", "extra_weights": {"few_step_lora": Path("Wan2.2-Lightning")}}
 LIGHTNING = [1000, 937.5, 833.3333, 625]
 SCHNELL = [1000, 750, 500, 250]
 
@@ -231,7 +233,7 @@ def test_steps_that_a_distilled_schedule_has_not_are_refused_before_the_shot_sta
     [
         ("Wan2.2-I2V-A14B-Diffusers", 3.0, {}, "UniPCMultistepScheduler, flow_shift 3.0, .* which is used; set the option"),
         ("Wan2.2-I2V-A14B-Diffusers", 3.0, {"schedule": "wan2.2-i2v-a14b"}, "flow_shift 3.0, .* wan2.2-i2v-a14b is used"),
-        ("Wan2.2-I2V-A14B-Diffusers", 3.0, {"schedule": "wan2.2-lightning"}, "UniPC.* wan2.2-lightning is used"),
+        ("Wan2.2-I2V-A14B-Diffusers", 3.0, LIGHTNING_OPTIONS, "UniPC.* wan2.2-lightning is used"),
         ("Wan2.2-I2V-A14B-Diffusers", 5.0, {}, None),
         ("my-own", 3.0, {}, None),
     ],
@@ -248,6 +250,28 @@ def test_scheduler_folder_that_contradicts_the_authors_is_noted_once(tmp_path, r
         notes = stage.take_notes()
         assert len(notes) == (expected is not None)
         assert expected is None or re.search(expected, notes[0])
+
+
+def in_the_cache(reference):
+    """Return where a snapshot of the hub lies."""
+    owner, name, commit = re.fullmatch(r"hub:(.+)/(.+)@(.+)", reference).groups()
+    return Path(f"/hub/models--{owner}--{name}/snapshots/{commit.replace(':', '/')}")
+
+
+@pytest.mark.parametrize("name", ["gpu-16gb", "gpu-24gb", "gpu-48gb", "gpu-80gb", "open", "gpu-24gb-schnell"])
+def test_schedules_of_the_profiles_are_those_of_their_weights(name):
+    profile = load_profile(name)
+    for actor, section in profile.actors.items():
+        params = profile.options_of(STAGE_BY_NAME[actor])
+        if not hasattr(params, "schedule"):
+            continue
+        extra = {extra: in_the_cache(reference) for extra, reference in section.extra_weights.items()}
+        here = params.model_copy(update={"weights": in_the_cache(section.weights), "extra_weights": extra})
+        assert here.schedule is not None, actor
+        assert list(here.notes()) == [], actor
+        other = next(each for each, schedule in SCHEDULES.items() if schedule is not here.stated)
+        (note,) = here.model_copy(update={"schedule": other}).notes()
+        assert note == f"schedule {other} is for {SCHEDULES[other].weights}, but the weights are {here.stated.weights}"
 
 
 def test_negative_prompt_of_the_authors_is_used_unless_a_line_has_one(make_shot):

@@ -120,7 +120,7 @@ SCHEDULES: Mapping[str, Schedule] = {
         timesteps="958 to 1",
         steps=30,
         guidance=5,
-        source="instantX-research/InstantID `infer.py`",
+        source="instantX-research/InstantID `infer.py`, SDXL's folder",
     ),
     "hunyuandit-1.2": Schedule(
         weights="HunyuanDiT v1.2",
@@ -159,7 +159,7 @@ SCHEDULES: Mapping[str, Schedule] = {
         timesteps="1000 to 20",
         steps=40,
         guidance=4,
-        source="QwenLM/Qwen-Image `README.md`",
+        source="QwenLM/Qwen-Image `README.md`, its folder",
     ),
     "svd-xt": Schedule(
         weights="SVD-XT",
@@ -301,7 +301,10 @@ class ScheduleParams(StageParams):
                 )
 
     def notes(self) -> Iterator[str]:
-        schedule = self.stated or _known_schedule(self)
+        known = _known_schedule(self)
+        schedule = self.stated or known
+        if schedule and known and schedule is not known:
+            yield f"schedule {self.schedule} is for {schedule.weights}, but the weights are {known.weights}"
         stored = _stored_config(self.weights)
         if schedule is None or stored is None:
             return
