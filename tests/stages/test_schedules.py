@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 
@@ -160,6 +161,33 @@ def test_networks_of_a_profile_get_the_timesteps_of_the_authors(profile, name, w
         assert [network for network, _ in calls] == ["transformer"] * 2 + ["transformer_2"] * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "mu_at_1024x576", "timesteps"),
+    [
+        ("flux.1-dev", 0.8467, "1000 to 79.5"),
+        ("flux.1-schnell", None, "1000, 750, 500, 250"),
+        ("flux.2-klein", 2.1392, "1000, 962.2, 894.7, 739"),
+        ("sdxl", None, "958 to 1"),
+        ("hunyuandit-1.2", None, "999 to 33"),
+        ("qwen-image-edit", 0.6032, "1000 to 20"),
+        ("wan2.2-i2v-a14b", None, "999 to 113"),
+        ("wan2.2-ti2v-5b", None, "999 to 92"),
+        ("wan2.2-lightning", None, "1000, 937.5, 833.3, 625"),
+        ("ltx-0.9", 2.05, "1000 to 100"),
+        ("ltx-0.9.8-distilled", None, "1000, 993.7, 987.5, 981.2, 975, 909.4, 725"),
+    ],
+)
+def test_documented_timesteps_are_those_of_the_schedule(name, mu_at_1024x576, timesteps):
+    schedule = SCHEDULES[name]
+    scheduler = scheduler_of(schedule)
+    if schedule.scheduler == "FlowMatchEulerDiscreteScheduler":
+        scheduler.set_timesteps(sigmas=linear(schedule.steps), mu=mu_at_1024x576)
+    else:
+        scheduler.set_timesteps(schedule.steps)
+    seen = [f"{round(timestep, 1):g}" for timestep in scheduler.timesteps.tolist()]
+    assert (", ".join(seen) if len(seen) < 8 else f"{seen[0]} to {seen[-1]}") == timesteps == schedule.timesteps
+
+
 def test_steps_of_lightning_are_eulers_in_float32():
     """The network predicts in the precision of its weights, which the latents keep out of."""
     scheduler = scheduler_of(SCHEDULES["wan2.2-lightning"])
@@ -274,10 +302,32 @@ def test_schedules_of_the_profiles_are_those_of_their_weights(name):
         assert note == f"schedule {other} is for {SCHEDULES[other].weights}, but the weights are {here.stated.weights}"
 
 
-def test_negative_prompt_of_the_authors_is_used_unless_a_line_has_one(make_shot):
-    stage = WanStage(WanParams(weights=resolve("builtin:tiny/wan"), schedule="wan2.2-ti2v-5b"))
-    assert "JPEG" in stage._negative_prompt(make_shot(video_model="wan", num_frames=5))
-    assert stage._negative_prompt(make_shot(video_model="wan", num_frames=5, negative_prompt="blurred")) == "blurred"
+@pytest.mark.parametrize(
+    ("name", "weights", "schedule", "words"),
+    [
+        ("wan", "wan-ti2v", "wan2.2-ti2v-5b", "JPEG压缩残留"),
+        ("ltx", "ltx", "ltx-0.9", "worst quality, inconsistent motion, blurry, jittery, distorted"),
+        ("hunyuan", "hunyuandit", "hunyuandit-1.2", "糟糕的人脸"),
+    ],
+)
+def test_negative_prompt_of_the_authors_is_used_unless_a_line_has_one(monkeypatch, name, weights, schedule, words):
+    for own, expected in (({}, words), ({"negative_prompt": "blurred"}, "blurred")):
+        stage, item = small("gpu-24gb", name, weights, {"steps": {name: 2}, **own}, schedule=schedule)
+        given = []
+        monkeypatch.setattr(stage.pipe, "encode_prompt", recording(stage.pipe.encode_prompt, given))
+        stage(item)
+        assert expected in given[0]
+
+
+def recording(encode_prompt, given):
+    """Record the negative prompt of each call."""
+    names = signature(encode_prompt)
+
+    def record(*args, **kwargs):
+        given.append(names.bind(*args, **kwargs).arguments.get("negative_prompt"))
+        return encode_prompt(*args, **kwargs)
+
+    return record
 
 
 def test_a_schedule_changes_the_content_key_and_its_absence_does_not():

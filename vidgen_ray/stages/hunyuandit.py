@@ -136,7 +136,7 @@ class HunyuanDiTStage(TiledStage[HunyuanDiTParams]):
                 strength=shot.style_strength,
                 num_inference_steps=shot.steps.hunyuan or _DEFAULT_STEPS,
                 guidance_scale=_DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
-                negative_prompt=shot.negative_prompt,
+                negative_prompt=self.params.negative_prompt_of(shot),
                 generator=noise_generator(self.generator_seed(shot)),
                 output_type="pt",
                 **diffusers_step_callback(self.name),

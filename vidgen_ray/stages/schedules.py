@@ -30,6 +30,7 @@ _WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+_HUNYUAN_NEGATIVE = "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
 _LTX_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 
@@ -64,7 +65,7 @@ class Schedule:
     few_step_lora: str = ""
     """Regular expression for the path of the LoRA that is merged."""
     negative_prompt: str = field(default="", repr=False)
-    """Negative prompt of the authors' code, for video models."""
+    """Negative prompt of the authors' code."""
 
     @property
     def has_fixed_steps(self) -> bool:
@@ -141,6 +142,7 @@ SCHEDULES: Mapping[str, Schedule] = {
         steps=30,
         guidance=5,
         authors="100 steps of DDPM, 6",
+        negative_prompt=_HUNYUAN_NEGATIVE,
         source="Tencent/HunyuanDiT `hydit/constants.py`, `hydit/train.sh`",
     ),
     "qwen-image-edit": Schedule(
@@ -285,6 +287,11 @@ class ScheduleParams(StageParams):
     def stated(self) -> Schedule | None:
         """Schedule that the profile chooses by name."""
         return None if self.schedule is None else SCHEDULES[self.schedule]
+
+    def negative_prompt_of(self, shot: Shot) -> str | None:
+        """Return the negative prompt of the shot, or of the schedule. `None` if neither has one."""
+        stated = self.stated.negative_prompt if self.stated else ""
+        return shot.negative_prompt or stated or None
 
     def check_shot(self, shot: Shot, stage: str) -> None:
         schedule = self.stated

@@ -208,7 +208,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
         generator = noise_generator(self.generator_seed(shot))
         self.pipe.vae.use_tiling = self.params.vae_tiling
-        negative = {"negative_prompt": self._negative_prompt(shot)} if self.guidance(shot) > 1 else {}
+        negative = {"negative_prompt": self.params.negative_prompt_of(shot) or ""} if self.guidance(shot) > 1 else {}
         begin_call(guided=self.guidance(shot) > 1)
         with self.adapters.active(shot.video_lora):
             self.note(*self.adapters.take_notes())
@@ -230,10 +230,6 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
             )
         pixels = self.decode(latents, item, generator)
         return pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
-
-    def _negative_prompt(self, shot: Shot) -> str:
-        stated = self.params.stated.negative_prompt if self.params.stated else ""
-        return stated if shot.negative_prompt is None else shot.negative_prompt
 
 
 def prompt_of(shot: Shot) -> str:
