@@ -19,6 +19,7 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.check import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.ltx import LTXParams
 from vidgen_ray.stages.schedules import SCHEDULES, scheduler_of
 from vidgen_ray.stages.wan import WanParams, WanStage
 from vidgen_ray.weights import resolve
@@ -256,6 +257,13 @@ def test_steps_that_a_distilled_schedule_has_not_are_refused_before_the_shot_sta
         check(4, None)
 
 
+def test_one_step_of_a_schedule_with_a_fixed_last_timestep_is_refused():
+    params = LTXParams(weights="ltx", schedule="ltx-0.9")
+    params.check_shot(Shot(prompt="a", video_model="ltx", steps={"ltx": 2}), "ltx")
+    with pytest.raises(StageError, match=r"steps.ltx: got 1, must be at least 2 with schedule ltx-0"):
+        params.check_shot(Shot(prompt="a", video_model="ltx", steps={"ltx": 1}), "ltx")
+
+
 @pytest.mark.parametrize(
     ("repository", "shift", "options", "note"),
     [
@@ -263,6 +271,13 @@ def test_steps_that_a_distilled_schedule_has_not_are_refused_before_the_shot_sta
         ("Wan2.2-I2V-A14B-Diffusers", 3.0, {"schedule": "wan2.2-i2v-a14b"}, "flow_shift 3.0, .* wan2.2-i2v-a14b is used"),
         ("Wan2.2-I2V-A14B-Diffusers", 3.0, LIGHTNING_OPTIONS, "UniPC.* wan2.2-lightning is used"),
         ("Wan2.2-I2V-A14B-Diffusers", 5.0, {}, None),
+        (
+            "Wan2.2-I2V-A14B-Diffusers",
+            5.0,
+            {**LIGHTNING_OPTIONS, "schedule": "wan2.2-i2v-a14b"},
+            "for Wan 2.2 I2V-A14B, but",
+        ),
+        ("Wan2.2-I2V-A14B-Diffusers", 3.0, {"schedule": "wan2.2-lightning"}, "UniPC.* wan2.2-lightning is used"),
         ("my-own", 3.0, {}, None),
     ],
 )

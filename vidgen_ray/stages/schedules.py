@@ -295,8 +295,15 @@ class ScheduleParams(StageParams):
 
     def check_shot(self, shot: Shot, stage: str) -> None:
         schedule = self.stated
-        if schedule is None or not schedule.has_fixed_steps:
+        if schedule is None:
             return
+        if schedule.has_fixed_steps:
+            self._check_distilled(shot, stage, schedule)
+        elif "shift_terminal" in schedule.config and getattr(shot.steps, stage) == 1:
+            # The first timestep would also be the last one, and is 0 / 0.
+            raise StageError(f"steps.{stage}: got 1, must be at least 2 with schedule {self.schedule}")
+
+    def _check_distilled(self, shot: Shot, stage: str, schedule: Schedule) -> None:
         for settings, stated in (("steps", schedule.steps), ("guidance", schedule.guidance)):
             got = getattr(getattr(shot, settings), stage)
             is_missing = got is None
@@ -310,7 +317,7 @@ class ScheduleParams(StageParams):
     def notes(self) -> Iterator[str]:
         known = _known_schedule(self)
         schedule = self.stated or known
-        if schedule and known and schedule is not known:
+        if schedule and known and schedule is not known and self._is_for_others(schedule, known):
             yield f"schedule {self.schedule} is for {schedule.weights}, but the weights are {known.weights}"
         stored = _stored_config(self.weights)
         if schedule is None or stored is None:
@@ -321,6 +328,10 @@ class ScheduleParams(StageParams):
         named = self.schedule is not None
         used = f"schedule {self.schedule} is used" if named else "which is used; set the option `schedule` in the profile"
         yield f"scheduler of the weights: {difference}, the authors of {schedule.weights} state otherwise; {used}"
+
+    def _is_for_others(self, schedule: Schedule, known: Schedule) -> bool:
+        """Return whether a schedule is for other weights than these. Those for a few steps may be in the LoRAs of a shot."""
+        return bool(known.few_step_lora) or not re.search(schedule.published, f"{self.weights}/")
 
 
 def use_schedule(pipe: Any, params: StageParams) -> None:
