@@ -190,7 +190,7 @@ def schedules() -> Iterator[str]:
     for name, each in SCHEDULES.items():
         scheduler = each.scheduler.removesuffix("Scheduler").removesuffix("Discrete").removesuffix("Multistep")
         settings = f"{each.steps}, {f'{each.guidance:g}' if each.guidance else 'none'}"
-        cells = (f"`{name}`", scheduler, each.shift, each.timesteps, settings, each.authors or "the same", each.source)
+        cells = (f"`{name}`", scheduler, each.shift, each.timesteps, settings, each.authors, each.source)
         yield f"| {' | '.join(cells)} |"
 
 
