@@ -15,10 +15,11 @@ import pytest
 import typer
 from PIL import Image
 
-from benchmarks import memory_report, rivals
+from benchmarks import accuracy, memory_report, rivals
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tools.check_names import defined_names
 from vidgen_ray.cli.app import app, run_command
+from vidgen_ray.planner.cluster import CARDS
 from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 
@@ -172,6 +173,16 @@ def test_figures_of_the_rivals_are_the_stored_results():
     rows = json.loads(rivals.STORED.read_text())["rows"]
     assert rivals.CHART.read_text() == rivals.chart(rows)
     assert "\n".join(rivals.published_table(rows)) in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_accuracy_page_has_the_plans_of_today(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
+    text = accuracy.PAGE.read_text()
+    assert accuracy.page(text) == text, "run python -m benchmarks.accuracy --write"
+    without_figure = re.findall(r"No public figure of these models:\*\* (.*)\.", text)[0].split(", ")
+    with_figure = {row["card"] for row in accuracy.figures()["seconds"]}
+    assert {*without_figure, *with_figure} >= {card.name for card in CARDS if card.name != "GH200 144 GB"}
+    assert not with_figure & set(without_figure)
 
 
 def test_memory_of_the_models_is_that_of_the_plan():

@@ -43,6 +43,8 @@ class GpuCard:
     """It adds in 32 bits at half the speed that it multiplies, which leaves its kernels more time to load numbers."""
     unified: bool = False
     """It has no memory of its own: it computes in that of the host."""
+    spread: float = 0.0
+    """Relative spread of planned seconds, if it is larger than `ASSUMED_SPREAD` by public figures; see docs/accuracy.md."""
 
     def seconds(self, work: Workload, share: float, factor: float = 1.0) -> float:
         """Return the seconds of the work.
@@ -94,9 +96,9 @@ CARDS = (
     GpuCard("RTX 6000 Ada", 47.4, 364.2, 960, PCIE4, 0.9, r"6000 Ada"),
     GpuCard("A100 80 GB", 79.2, 312, 2039, PCIE4, 1.8, r"\bA100"),
     GpuCard("H100 PCIe", 79.2, 756, 2039, PCIE5, 2.2, r"H100 PCIe"),
-    GpuCard("H100", 79.2, 989, 3352, PCIE5, 2.5, r"H100(?!.*(NVL|PCIe))"),
+    GpuCard("H100", 79.2, 989, 3352, PCIE5, 2.5, r"H100(?!.*(NVL|PCIe))", spread=0.4),
     GpuCard("H100 NVL", 93.1, 835, 3938, PCIE5, 2.6, r"H100 NVL"),
-    GpuCard("RTX PRO 6000", 95.0, 503.8, 1792, PCIE5, 1.8, r"RTX PRO 6000"),
+    GpuCard("RTX PRO 6000", 95.0, 503.8, 1792, PCIE5, 1.8, r"RTX PRO 6000", spread=0.45),
     GpuCard("GH200", 94.5, 989, 4022, NVLINK_C2C, 2.5, r"GH200(?! 144G)"),
     # An eighth of what is advertised for sparse numbers of 4 bits: torch reaches 92. The machine's price over three years.
     GpuCard("GB10", 119.6, 125, 273, WITHIN_GB10, 0.15, r"\bGB10\b", unified=True),

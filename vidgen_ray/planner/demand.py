@@ -39,7 +39,7 @@ MIN_SHOTS = 3
 MIN_STEP_RATIO = 1.5
 """Ratio of the most to the fewest steps of a stage's shots with which the fixed part can be told from the steps."""
 ASSUMED_SPREAD = 0.3
-"""Relative spread of seconds that runs have not measured on this machine."""
+"""Relative spread of seconds that runs have not measured on this machine. Some cards have a larger one."""
 MAD_TO_SIGMA = 1.4826
 """Standard deviation divided by median absolute deviation, for a normal distribution."""
 
@@ -460,7 +460,8 @@ def seconds_of(
     if stage.name in actor.seconds:
         return StageSeconds(actor.seconds[stage.name], stage.fixed_share(), ASSUMED_SPREAD, True)
     if (work := _work_of(profile, stage)) is not None:
-        return StageSeconds(computed_seconds(stage, work, card or H100), stage.fixed_share(), ASSUMED_SPREAD, True, True)
+        spread = max(ASSUMED_SPREAD, card.spread if card else 0.0)
+        return StageSeconds(computed_seconds(stage, work, card or H100), stage.fixed_share(), spread, True, True)
     return StageSeconds(stage.reference_s, stage.fixed_share(), ASSUMED_SPREAD, False)
 
 
