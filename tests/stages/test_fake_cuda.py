@@ -93,6 +93,9 @@ def run(name, tiny, cuda, face, fields, moved=lambda stage: None, left_on_the_ho
         ("svd", {}, {}),
         ("wan", {}, {"weights": resolve("builtin:tiny/wan-ti2v")}),
         ("ltx", {}, {}),
+        ("hunyuan", {}, {"dtype": "float16", "schedule": "hunyuandit-1.2"}),
+        ("wan", {}, {"weights": resolve("builtin:tiny/wan-ti2v"), "schedule": "wan2.2-ti2v-5b"}),
+        ("ltx", {"steps": {"ltx": 7}}, {"schedule": "ltx-0.9.8-distilled"}),
     ],
 )
 def test_stage_stays_on_the_gpu(tiny, cuda, face, name, fields, changes):
