@@ -17,6 +17,9 @@ __all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__", "
 # MKL, with which torch multiplies matrices on a CPU, otherwise sums in an order that depends on the addresses of the operands.
 # It reads this once, at its first use in a process.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# From 5.25 on, transformers otherwise replaces layers by kernels that it downloads. A run downloads nothing, and its bytes
+# depend on the installed versions alone.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 _MODULES = {
     "GeneratedVideo": "pipeline",
