@@ -190,6 +190,17 @@ def test_process_that_does_not_end_is_killed_and_the_call_continues_later(own_st
     assert rows_of(tmp_path / "empty" / "01-machine.json").keys() == {row["name"]}
 
 
+def test_results_and_compiled_kernels_are_in_a_relative_folder(own_steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = (
+        'caches = [os.environ[name] for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")];'
+        'json.dump({"complete": True, "rows": [{"name": name, "problem": None} for name in caches]}, open(file, "w"))'
+    )
+    assert own_steps(body, "--results", "relative") == 0
+    caches = rows_of(tmp_path / "relative" / "01-machine.json")
+    assert [Path(cache).is_relative_to(tmp_path / "relative") for cache in caches] == [True, True]
+
+
 @pytest.mark.slow
 def test_tests_are_collected_without_ray_and_have_rows(tmp_path):
     """As on a machine with the packages of a bundle alone."""

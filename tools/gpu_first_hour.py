@@ -61,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="auto", help="default: auto; tiny on a CPU")
     parser.add_argument("--limit-s", type=float, default=510, help="longest call, in seconds; default: 510")
     args = parser.parse_args(argv)
+    # Steps run in another working folder.
+    results = args.results.resolve()
     until, is_over = time.monotonic() + args.limit_s, False
     for number, step in enumerate(STEPS, 1):
-        file = args.results / f"{number:02}-{step}.json"
+        file = results / f"{number:02}-{step}.json"
         if is_over or (args.steps and step not in args.steps):
             continue
         while not Rows(file).is_complete and not is_over:
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_step(step, file, args.profile, until)
             is_over = until - time.monotonic() < EXIT_S + MIN_CASE_S
             if args.out:
-                shutil.copytree(args.results, args.out, dirs_exist_ok=True)
+                shutil.copytree(results, args.out, dirs_exist_ok=True)
     print("run it again: there is more to measure" if is_over else "all is measured", file=sys.stderr)
     return TIME_IS_OVER if is_over else 0
 
@@ -94,8 +96,9 @@ def run_step(step: str, file: Path, profile: str, until: float) -> None:
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(package_folders()),
         "VIDGEN_CACHE": os.environ.get("VIDGEN_CACHE", str(ROOT / "out" / "cache")),
-        # Results of the compiler, for the next call.
+        # Results of the compilers, for the next call.
         "TORCHINDUCTOR_CACHE_DIR": str(file.parent / "inductor"),
+        "TRITON_CACHE_DIR": str(file.parent / "inductor" / "triton"),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     log = file.with_suffix(".log")
