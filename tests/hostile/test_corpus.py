@@ -16,7 +16,7 @@ from vidgen_ray.errors import MediaError, ProfileError, StageError
 from vidgen_ray.film.timeline import probe_clip
 from vidgen_ray.media.decode import open_foreign_video, open_video
 from vidgen_ray.media.images import read_image, verify_image
-from vidgen_ray.nets.weight_files import check_lora_file
+from vidgen_ray.nets.lora_files import check_lora_file
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner.cluster import parse_gpus

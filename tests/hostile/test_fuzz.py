@@ -23,7 +23,7 @@ from tests.hostile.files import IMAGES, good_mp4
 from vidgen_ray.errors import MediaError, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.media.decode import open_video
 from vidgen_ray.media.images import read_image
-from vidgen_ray.nets.weight_files import check_lora_file
+from vidgen_ray.nets.lora_files import check_lora_file
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.lines import ScriptSettings

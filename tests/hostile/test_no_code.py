@@ -19,8 +19,8 @@ from vidgen_ray.media.decode import open_video
 from vidgen_ray.media.images import read_image
 from vidgen_ray.nets.identity_networks import read_parts
 from vidgen_ray.nets.ir_se50 import read_network
+from vidgen_ray.nets.lora_files import check_lora_file
 from vidgen_ray.nets.rife_network import load_rife
-from vidgen_ray.nets.weight_files import check_lora_file
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.outputs.stage_cache import face_from_json

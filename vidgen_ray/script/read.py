@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
-from vidgen_ray.nets.weight_files import FLUX, check_lora_file, check_lora_width
+from vidgen_ray.nets.lora_files import FLUX, check_lora_file, check_lora_width
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.formats import ScriptVersion, open_script
