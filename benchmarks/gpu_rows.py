@@ -5,6 +5,7 @@ This module needs the standard library alone, so a step can state that its packa
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -20,11 +21,15 @@ EXIT = ": exit"
 """End of the name of the row of a process that ended outside of its measurements."""
 TIMEOUT = "killed at the end of the time of the call"
 CASE_S = 240.0
-"""Longest measurement, in seconds."""
+"""Longest measurement in seconds, unless it has a limit of its own."""
+GRACE_S = 15.0
+"""Seconds after the limit of a measurement, after which code that never returns to Python is ended with its process."""
 MIN_CASE_S = 40.0
 """Seconds that must be left of a call to begin a measurement."""
 CRASHES = 2
 """Crashes of a measurement after which it is not repeated."""
+CUT_OFFS = 3
+"""Calls whose end cuts a measurement off, after which it is not repeated."""
 TIME_IS_OVER = 3
 """Exit code of a step that has more to measure."""
 
@@ -55,10 +60,13 @@ class Rows:
         """True if the step has attempted all of its measurements."""
         return bool(self._header.get("complete"))
 
-    def measure(self, cases: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
+    def measure(
+        self, cases: Mapping[str, Callable[[], Mapping[str, Any]]], limits_s: Mapping[str, float] | None = None
+    ) -> None:
         """Add a row for each case that has none. An error of a case is the problem of its row. Raises TimeIsOver.
 
-        A case in which the process crashed is the last one.
+        `limits_s`: case -> its longest time in seconds, CASE_S for all others. A case in which the process crashed is the last
+        one.
         """
         for name in sorted(cases, key=self._crashes):
             if self.is_measured(name):
@@ -66,25 +74,33 @@ class Rows:
             left = self._until - time.monotonic()
             if left < MIN_CASE_S:
                 raise TimeIsOver
-            self._measure_case(name, cases[name], min(CASE_S, left - MIN_CASE_S / 2), cut_off=left < CASE_S)
+            self._measure_case(name, cases[name], (limits_s or {}).get(name, CASE_S), left - MIN_CASE_S / 2)
 
     def is_measured(self, name: str) -> bool:
         problem = self._rows.get(name, {"problem": UNFINISHED})["problem"]
         return problem is None or not problem.startswith(UNFINISHED) or self._crashes(name) >= CRASHES
 
     def _crashes(self, name: str) -> int:
-        return int(self._rows.get(name, {}).get("crashes", 0))
+        return self._count(name, "crashes")
 
-    def _measure_case(self, name: str, case: Callable[[], Mapping[str, Any]], limit_s: float, *, cut_off: bool) -> None:
-        self.add(name, UNFINISHED, {"crashes": self._crashes(name)})
+    def _count(self, name: str, what: str) -> int:
+        return int(self._rows.get(name, {}).get(what, 0))
+
+    def _measure_case(self, name: str, case: Callable[[], Mapping[str, Any]], limit_s: float, left_s: float) -> None:
+        crashes, cut_offs = self._crashes(name), self._count(name, "cut_offs")
+        self.add(name, UNFINISHED, {"crashes": crashes, "cut_offs": cut_offs})
         begun, values, problem = time.monotonic(), {}, None
         try:
-            with alarm(limit_s):
+            with alarm(min(limit_s, left_s)):
                 values = dict(case())
         except AlarmRang:
-            if cut_off:
-                raise TimeIsOver from None
             problem = f"took longer than {limit_s:g} s"
+            if left_s < limit_s:
+                cut_offs += 1
+                problem = f"the end of {cut_offs} calls cut it off; give a call more time with --limit-s"
+                if cut_offs < CUT_OFFS:
+                    self.add(name, UNFINISHED, {"crashes": crashes, "cut_offs": cut_offs})
+                    raise TimeIsOver from None
         # A failed row does not affect the next ones. Libraries end the process by SystemExit, too.
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -126,15 +142,18 @@ class AlarmRang(BaseException):
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise AlarmRang in the block after these seconds. A call that never returns to Python is not interrupted."""
+    """Raise AlarmRang in the block after these seconds. End the process with its traceback if the block does not end then."""
 
     def ring(*_: Any) -> None:
         raise AlarmRang
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    # A thread that needs no lock of Python.
+    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)

@@ -35,13 +35,14 @@ from benchmarks.gpu_kernels import (
     network_table,
     seconds_of,
 )
-from benchmarks.gpu_rows import TIME_IS_OVER, Rows, TimeIsOver
+from benchmarks.gpu_rows import CASE_S, TIME_IS_OVER, Rows, TimeIsOver
 from benchmarks.machine import machine
 from benchmarks.meta_networks import realesrgan_network
 from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, lora_for, measure_stage, random_models, with_random_weights
 from vidgen_ray.bench.published_models import RandomModel, write_random_infusenet
 from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
 from vidgen_ray.engine.gpu_group import GpuGroup
+from vidgen_ray.engine.trials import TIMEOUT_S
 from vidgen_ray.planner.cluster import GB, profile_for, this_machine
 from vidgen_ray.planner.demand import peak_shares
 from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
@@ -65,6 +66,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchvision", "numpy", "diffusers", "transformers", "accelerate", "peft", "torchao", "spandrel", "triton")
 SMALL_CARD_GB = 23.6
 """Memory of an RTX 4090, which the step `small` does not exceed."""
+LONG_S = 600.0
+"""Longest measurement of Wan, or of several models, in seconds. Those that compile have as long as a trial of a worker."""
 RANKS = (64, 16)
 """Ranks of LoRAs. They fall, and their factors need pinned blocks of several sizes."""
 
@@ -188,6 +191,7 @@ class Case:
     """Changes the loaded stage."""
     is_calibration: bool = False
     """Plans may use the seconds."""
+    limit_s: float = CASE_S
 
 
 def measure_case(profile: Profile, case: Case) -> dict[str, Any]:
@@ -238,7 +242,8 @@ def compiled_graphs() -> int:
 
 
 def measure_cases(run: Run, cases: Mapping[str, Case]) -> None:
-    run.rows.measure({name: partial(measure_case, run.profile, case) for name, case in cases.items()})
+    measured = {name: partial(measure_case, run.profile, case) for name, case in cases.items()}
+    run.rows.measure(measured, {name: case.limit_s for name, case in cases.items()})
 
 
 def bench_options(on_gpu: bool) -> BenchOptions:
@@ -309,7 +314,8 @@ def chain_step(run: Run) -> None:
                 "flux without a face": Case(FluxStage, fields=size, bench=bench_options(run.on_gpu)),
             },
         )
-        run.rows.measure({"chain in one process": partial(_chain, run, lora)})
+        name = "chain in one process"
+        run.rows.measure({name: partial(_chain, run, lora)}, {name: LONG_S})
 
 
 def _chain(run: Run, lora: Mapping[str, str]) -> dict[str, Any]:
@@ -334,7 +340,7 @@ def _chain(run: Run, lora: Mapping[str, str]) -> dict[str, Any]:
 def wan_step(run: Run) -> None:
     """Measure one and two steps of Wan with one pass each, decoded in tiles, and its networks."""
     fields = {**WAN, **sized(run.on_gpu, 1280, 704, 81)}
-    wan = partial(Case, WanStage, fields=fields, bench=BenchOptions(steps=(1, 2), repeats=1))
+    wan = partial(Case, WanStage, fields=fields, bench=BenchOptions(steps=(1, 2), repeats=1), limit_s=LONG_S)
 
     def networks() -> dict[str, Any]:
         shot = shot_for(run.profile, **{**fields, "steps": {"wan": 1}})
@@ -343,14 +349,10 @@ def wan_step(run: Run) -> None:
         free_gpu_memory()
         return {"networks": table}
 
-    run.rows.measure({"wan networks": networks})
-    measure_cases(
-        run,
-        {
-            "wan": wan({"vae_tiling": True}, is_calibration=True),
-            "wan attention_backend: _native_cudnn": wan({"vae_tiling": True, "attention_backend": "_native_cudnn"}),
-        },
-    )
+    measure_cases(run, {"wan": wan({"vae_tiling": True}, is_calibration=True)})
+    run.rows.measure({"wan networks": networks}, {"wan networks": LONG_S})
+    cudnn = {"vae_tiling": True, "attention_backend": "_native_cudnn"}
+    measure_cases(run, {"wan attention_backend: _native_cudnn": wan(cudnn)})
 
 
 def swap_step(run: Run) -> None:
@@ -430,7 +432,7 @@ def upscaler_step(run: Run) -> None:
                 **{f"{upscaler} frames_per_call: {frames}": plain({"frames_per_call": frames}) for frames in (1, 8)},
                 f"{upscaler} cudnn_benchmark: True": plain({"cudnn_benchmark": True}),
                 f"{upscaler} contiguous": plain(change=contiguous),
-                f"{upscaler} compile": plain(change=compiled),
+                f"{upscaler} compile": plain(change=compiled, limit_s=TIMEOUT_S),
             },
         )
 
@@ -452,25 +454,29 @@ def options_step(run: Run) -> None:
             result = try_option(Trial(profile, actor, *[*options.items()][-1]), shots)
         return {"trial": result.model_dump(), "problem": result.error or None, "rejected": result.rejected}
 
-    cases: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("flux", {"compile": True}),
-        ("flux", {"quantize": "fp8"}),
-        ("flux", {"quantize": "fp8", "compile": True}),
+    tried_options: tuple[tuple[str, dict[str, Any]], ...] = (
         ("svd", {"compile": True}),
+        ("flux", {"compile": True}),
+        ("flux", {"quantize": "fp8", "compile": True}),
         ("svd", {"compile": True, "channels_last": True}),
+        ("flux", {"quantize": "fp8"}),
         ("wan", {"quantize": "fp8"}),
         ("flux", {"quantize": "fp8_storage"}),
         ("flux", {"attention_backend": "_native_cudnn"}),
     )
     with random_loras(run, (64, 16, 16)) as loras:
         trials = {
-            f"{actor} {', '.join(f'{k}: {v}' for k, v in each.items())}": partial(tried, actor, each) for actor, each in cases
+            f"{actor} {', '.join(f'{k}: {v}' for k, v in each.items())}": partial(tried, actor, each)
+            for actor, each in tried_options
         }
         exact = partial(tried, "flux", {"compile": True}, exact=True)
         recompiled = partial(_recompilation, run, loras)
-        run.rows.measure(
-            {**trials, "flux compile: True, emulate_precision_casts": exact, "lora compile: True, sizes and LoRAs": recompiled}
-        )
+        cases = {
+            **trials,
+            "flux compile: True, emulate_precision_casts": exact,
+            "lora compile: True, sizes and LoRAs": recompiled,
+        }
+        run.rows.measure(cases, dict.fromkeys(cases, TIMEOUT_S))
 
 
 def _recompilation(run: Run, loras: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -504,7 +510,7 @@ def small_step(run: Run) -> None:
                 {
                     "24 GB: flux with a face, fp8_storage": Case(FluxStage, storage, {**size, **FACE}, **common),
                     "24 GB: flux with a face, fp8, compile": Case(
-                        FluxStage, {**fp8, "compile": True}, {**size, **FACE}, **common
+                        FluxStage, {**fp8, "compile": True}, {**size, **FACE}, **common, limit_s=TIMEOUT_S
                     ),
                     "24 GB: svd": Case(SVDStage, {"decode_chunk_frames": 2, "forward_chunking": True}, size, **common),
                     f"24 GB: {run.upscaler}": Case(RealESRGANStage, {"frames_per_call": 1}, size, **common),
@@ -527,8 +533,12 @@ def others_step(run: Run) -> None:
             "klein": Case(Flux2KleinStage, fields=klein, **common),
             "ltx": Case(LTXStage, fields=ltx, **common),
             "hunyuan": Case(HunyuanDiTStage, fields={**run.clip, "use_hunyuan_style": True}, **common),
-            "klein compile: True": Case(Flux2KleinStage, {"compile": True}, klein, bench_options(run.on_gpu)),
-            "wan compile: True": Case(WanStage, {"vae_tiling": True, "compile": True}, wan, BenchOptions((1, 2), 1)),
+            "klein compile: True": Case(
+                Flux2KleinStage, {"compile": True}, klein, bench_options(run.on_gpu), limit_s=TIMEOUT_S
+            ),
+            "wan compile: True": Case(
+                WanStage, {"vae_tiling": True, "compile": True}, wan, BenchOptions((1, 2), 1), limit_s=TIMEOUT_S
+            ),
         },
     )
 
@@ -588,13 +598,12 @@ def group_step(run: Run) -> None:
         levels = float(np.abs(together.astype(int) - alone).mean())
         return {"alone_s": alone_s, "group_s": group_s, "levels": levels, "problem": group.lost or None}
 
-    run.rows.measure(
-        {
-            f"group {stage.name}{' compile: True' if compiled else ''}": partial(measured, stage, fields, {"compile": compiled})
-            for compiled in ((False, True) if run.on_gpu else (False,))
-            for stage, fields in stages
+    for compiled in (False, True) if run.on_gpu else (False,):
+        end = " compile: True" if compiled else ""
+        cases = {
+            f"group {stage.name}{end}": partial(measured, stage, fields, {"compile": compiled}) for stage, fields in stages
         }
-    )
+        run.rows.measure(cases, dict.fromkeys(cases, TIMEOUT_S if compiled else LONG_S))
 
 
 # Tests

@@ -14,8 +14,9 @@ import torch
 
 from benchmarks import gpu_steps
 from benchmarks.gpu_encoding import NVENC, NVENC_OPTIONS, encoding_rates
-from benchmarks.gpu_rows import CRASHES, TIME_IS_OVER, UNFINISHED, AlarmRang, Rows, TimeIsOver, alarm
+from benchmarks.gpu_rows import CASE_S, CRASHES, CUT_OFFS, TIME_IS_OVER, UNFINISHED, AlarmRang, Rows, TimeIsOver, alarm
 from tools import gpu_first_hour, gpu_results
+from vidgen_ray.engine.trials import TIMEOUT_S
 from vidgen_ray.planner.demand import load_calibration
 from vidgen_ray.stages import speed
 
@@ -137,11 +138,62 @@ def test_case_is_not_begun_or_is_cut_off_at_the_end_of_the_time(tmp_path, monkey
     monkeypatch.setattr("benchmarks.gpu_rows.CASE_S", 0.1)
     Rows(file).measure({"a": lambda: time.sleep(5)})
     assert Rows(file).problems == {"a": "took longer than 0.1 s"}
+    Rows(file).measure({"b": lambda: time.sleep(0.3) or {}, "c": lambda: time.sleep(5)}, {"b": 60.0})
+    assert Rows(file).problems["b"] is None, "it has a limit of its own"
+    assert Rows(file).problems["c"] == "took longer than 0.1 s"
     with pytest.raises(AlarmRang), alarm(0.05), suppress(Exception):
         time.sleep(5)
     compiled = torch.compile(lambda x: x * 2, backend=lambda graph, inputs: time.sleep(5))
     with pytest.raises(AlarmRang), alarm(0.05):
         compiled(torch.ones(3))
+
+
+def test_case_that_needs_more_than_a_call_is_given_up_after_some_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu_rows.MIN_CASE_S", 0.2)
+    file = tmp_path / "rows.json"
+    cases = {"a": lambda: time.sleep(5), "b": dict}
+    for _ in range(CUT_OFFS):
+        assert Rows(file).problems.get("a", UNFINISHED) == UNFINISHED
+        with pytest.raises(TimeIsOver):
+            Rows(file, until=time.monotonic() + 0.4).measure(cases, {"a": 60.0})
+    Rows(file).measure(cases)
+    assert Rows(file).problems == {
+        "a": f"the end of {CUT_OFFS} calls cut it off; give a call more time with --limit-s",
+        "b": None,
+    }
+
+
+STUCK = """
+import signal, sys
+from pathlib import Path
+from benchmarks import gpu_rows
+
+gpu_rows.CASE_S, gpu_rows.GRACE_S = 0.1, 0.1
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+gpu_rows.Rows(Path(sys.argv[1])).measure({"a": signal.pause})
+"""
+
+
+def test_case_that_never_returns_to_python_ends_the_process(tmp_path):
+    file = tmp_path / "rows.json"
+    result = subprocess.run([sys.executable, "-c", STUCK, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "Timeout (" in result.stderr
+    assert Rows(file).problems == {"a": UNFINISHED}
+
+
+def test_trials_have_as_long_as_in_a_worker(tmp_path, monkeypatch):
+    limits = {}
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
+    monkeypatch.setattr(
+        Rows, "measure", lambda rows, cases, own=None: limits.update(dict.fromkeys(cases, CASE_S) | (own or {}))
+    )
+    for step in ("options", "upscaler", "chain"):
+        gpu_steps.main([step, str(tmp_path / f"{step}.json"), "--profile", "tiny"])
+    compiled = {name: limit_s for name, limit_s in limits.items() if "compile" in name}
+    assert len(compiled) > 5
+    assert set(compiled.values()) == {TIMEOUT_S}
+    assert limits["svd"] == CASE_S
 
 
 PROGRAM = """

@@ -30,23 +30,25 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_rows import MIN_CASE_S, TIME_IS_OVER, TIMEOUT, Rows  # noqa: E402
 
-STEPS = (
-    "machine",
-    "profile",
-    "kernels",
-    "chain",
-    "wan",
-    "swap",
-    "bytes",
-    "upscaler",
-    "options",
-    "tests",
-    "small",
-    "others",
-    "group",
-    "compile",
-)
-"""In the order of their value."""
+STEPS = {
+    "machine": 1,
+    "chain": 9,
+    "upscaler": 4,
+    "bytes": 5,
+    "wan": 8,
+    "options": 34,
+    "swap": 3,
+    "small": 6,
+    "tests": 4,
+    "kernels": 2,
+    "profile": 4,
+    "others": 12,
+    "compile": 6,
+    "group": 12,
+}
+"""Step -> minutes on an H100, in the order of their value. Not measured: estimated from 15 to 40 s per load of a model, one to
+two minutes per compilation, and the planned seconds of the stages. `group` needs two GPUs."""
+STEPS_HELP = ", ".join(f"{step} ({minutes} min)" for step, minutes in STEPS.items())
 RESULTS = Path("out/first-hour")
 EXIT_S = 15.0
 """Seconds between the end of a step's time and that of its process."""
@@ -55,22 +57,23 @@ MAX_REASON = 300
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", choices=[[], *STEPS], metavar="STEP", help=f"default: all: {' '.join(STEPS)}")
+    parser.add_argument("steps", nargs="*", choices=[[], *STEPS], metavar="STEP", help=f"default: all of them: {STEPS_HELP}")
     parser.add_argument("--out", type=Path, help="folder for a copy of the results")
     parser.add_argument("--results", type=Path, default=ROOT / RESULTS, help=f"default: {RESULTS} of the project")
     parser.add_argument("--profile", default="auto", help="default: auto; tiny on a CPU")
-    parser.add_argument("--limit-s", type=float, default=510, help="longest call, in seconds; default: 510")
+    parser.add_argument("--limit-s", type=float, default=510, help="longest call in seconds, e.g. 8000; default: 510")
     args = parser.parse_args(argv)
     # Steps run in another working folder.
     results = args.results.resolve()
+    files = {step: results / f"{number:02}-{step}.json" for number, step in enumerate(STEPS, 1)}
+    left = [step for step in STEPS if step in (args.steps or STEPS) and not Rows(files[step]).is_complete]
+    minutes = sum(STEPS[step] for step in left)
+    print(f"left: {' '.join(left)}, about {minutes} minutes on an H100 (an estimate, not measured)", file=sys.stderr)
     until, is_over = time.monotonic() + args.limit_s, False
-    for number, step in enumerate(STEPS, 1):
-        file = results / f"{number:02}-{step}.json"
-        if is_over or (args.steps and step not in args.steps):
-            continue
-        while not Rows(file).is_complete and not is_over:
+    for step in left:
+        while not Rows(files[step]).is_complete and not is_over:
             # A process that crashed is started again, for the other measurements of the step.
-            run_step(step, file, args.profile, until)
+            run_step(step, files[step], args.profile, until)
             is_over = until - time.monotonic() < EXIT_S + MIN_CASE_S
             if args.out:
                 shutil.copytree(results, args.out, dirs_exist_ok=True)
@@ -102,6 +105,7 @@ def run_step(step: str, file: Path, profile: str, until: float) -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     log = file.with_suffix(".log")
+    begin = log.stat().st_size if log.exists() else 0
     code: int | None = None
     with (
         log.open("ab") as output,
@@ -117,9 +121,13 @@ def run_step(step: str, file: Path, profile: str, until: float) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     print(f"{step}: {'time is over' if code in (None, TIME_IS_OVER) else f'exit code {code}'}, {file}", file=sys.stderr)
     if code not in (0, TIME_IS_OVER):
-        last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
+        lines = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()] or [
+            "no output"
+        ]
+        # The traceback of a process that did not end follows.
+        reason = next((line for line in lines if line.startswith("Timeout (")), lines[-1])
         how = TIMEOUT if code is None else f"exit code {code}"
-        Rows(file).add_exit(step, f"{how}: {last[:MAX_REASON]}")
+        Rows(file).add_exit(step, f"{how}: {reason[:MAX_REASON]}")
 
 
 @cache

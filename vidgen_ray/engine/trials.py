@@ -16,7 +16,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.shot import Shot
 
-_TIMEOUT_S = 1800.0
+TIMEOUT_S = 1800.0
 """Longest trial: a model is loaded twice, and compiled."""
 
 
@@ -67,10 +67,10 @@ def _run(shots: list[tuple[str, Shot]], trial: Trial, card: str) -> TrialResult 
         resources |= {"num_gpus": 1, "label_selector": dict([free.label]) if free.label else {}}
     call = ray.remote(**resources)(try_as_worker).remote(trial, shots)
     try:
-        result: TrialResult = ray.get(call, timeout=_TIMEOUT_S)
+        result: TrialResult = ray.get(call, timeout=TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(call, force=True)
-        return TrialResult(error=f"timeout: it did not end within {_TIMEOUT_S:g} s")
+        return TrialResult(error=f"timeout: it did not end within {TIMEOUT_S:g} s")
     except ray.exceptions.RayTaskError:
         return None
     # A crash of its process: of a compiled kernel, or for lack of memory.
