@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import InputChanged, SetupError, StageError, short_reason
+from vidgen_ray.nets.lora_files import layer_of, names_for_diffusers
 from vidgen_ray.nets.weight_files import library_errors, not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 from vidgen_ray.system.cache_dir import digest
@@ -157,10 +158,12 @@ class LoraAdapters:
 
     def _load(self, file: Path, name: str, transformers: Sequence[str]) -> None:
         import torch
+        from diffusers.loaders import FluxLoraLoaderMixin
 
         pipe = self._pipe
         source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
         try:
+            without_place = _rename_tensors(file, is_flux1=isinstance(pipe, FluxLoraLoaderMixin))
             factors = pipe.lora_state_dict(str(file.parent), **source)
             for part in transformers:
                 _check_shapes(getattr(pipe, part), factors)
@@ -191,7 +194,7 @@ class LoraAdapters:
                 f"lora {file.name}: has no effect on these {self._model} weights; it was trained for another model, "
                 "or not trained"
             )
-        if ignored := _unknown_layers([getattr(pipe, part) for part in transformers], factors):
+        if ignored := sorted({*without_place, *_unknown_layers([getattr(pipe, part) for part in transformers], factors)}):
             self._notes.append(
                 f"lora {file.name}: {len(ignored)} of its layers are ignored, because these {self._model} weights have no such "
                 f"layers, the first is {ignored[0][:80]}"
@@ -254,6 +257,20 @@ def without_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
         yield
+
+
+def _rename_tensors(file: Path, *, is_flux1: bool) -> list[str]:
+    """Give the tensors of a LoRA file the names that diffusers reads. Return the layers without a place, which are left out."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(file, "pt") as opened:
+        metadata, names = opened.metadata(), list(opened.keys())
+    new_names = names_for_diffusers(names, is_flux1=is_flux1)
+    if any(name != new for name, new in new_names.items()):
+        tensors = load_file(file)
+        save_file({new: tensors[name] for name, new in new_names.items() if new}, file, metadata)
+    return sorted({layer_of(name) for name, new in new_names.items() if new is None})
 
 
 def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
