@@ -411,8 +411,18 @@ def bytes_step(run: Run) -> None:
         )
 
 
+UPSCALER_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"dense_kernel": True},
+    {"tile_px": 512},
+    {"dense_kernel": True, "tile_px": 512},
+    {"frames_per_call": 1},
+    {"frames_per_call": 8},
+    {"cudnn_benchmark": True},
+)
+
+
 def upscaler_step(run: Run) -> None:
-    """Measure the upscaler: frames per call, and the formats and kernels of its convolutions."""
+    """Measure the upscaler: its own kernel with whole frames and tiles, frames per call, and formats of its convolutions."""
     upscaler = run.upscaler
     common: dict[str, Any] = {"fields": {**run.clip, "upscaler": upscaler}, "bench": bench_options(run.on_gpu)}
 
@@ -429,8 +439,10 @@ def upscaler_step(run: Run) -> None:
         measure_cases(
             run,
             {
-                **{f"{upscaler} frames_per_call: {frames}": plain({"frames_per_call": frames}) for frames in (1, 8)},
-                f"{upscaler} cudnn_benchmark: True": plain({"cudnn_benchmark": True}),
+                **{
+                    f"{upscaler} {', '.join(f'{name}: {value}' for name, value in options.items())}": plain(options)
+                    for options in UPSCALER_OPTIONS
+                },
                 f"{upscaler} contiguous": plain(change=contiguous),
                 f"{upscaler} compile": plain(change=compiled, limit_s=TIMEOUT_S),
             },

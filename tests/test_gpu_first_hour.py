@@ -70,11 +70,23 @@ LONG_STEPS = ("profile", "upscaler", "wan", "options", "small", "others", "group
 def test_other_steps_run_on_a_cpu(steps, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
     missing = {"pinned memory", "encoding", "wan attention_backend: _native_cudnn", "flux attention_backend: _native_cudnn"}
+    missing |= {"animevideov3 dense_kernel: True", "animevideov3 dense_kernel: True, tile_px: 512"}
     for step in steps:
         file = tmp_path / f"{step}.json"
         assert gpu_steps.main([step, str(file), "--profile", "tiny"]) == 0
         problems = {name for name, problem in Rows(file).problems.items() if problem and "fp8" not in name}
         assert problems <= missing, json.loads(file.read_text())
+
+
+def test_upscaler_is_measured_with_its_own_kernel_and_in_tiles(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(Rows, "measure", lambda rows, cases, limits_s=None: names.extend(cases))
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
+    gpu_steps.main(["upscaler", str(tmp_path / "rows.json"), "--profile", "tiny"])
+    kernel = {
+        f"animevideov3 {options}" for options in ("dense_kernel: True", "tile_px: 512", "dense_kernel: True, tile_px: 512")
+    }
+    assert kernel <= {*names}
 
 
 def test_encoders_are_compared_at_the_same_size():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet
 
 from tests.stages.conftest import PASSING
 from tests.stages.test_parity import levels_apart
@@ -87,6 +88,22 @@ def test_option_on_gpu_changes_only_the_rounding(tiny, make_shot, name, options,
         expected, changed = (result(each, shot, **artefacts) for each in (plain, other))
         assert np.array_equal(result(other, shot, **artefacts), changed)
     assert levels_apart(expected, changed) <= levels
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.float16, 3e-3)], ids=str)
+def test_dense_kernel_gives_what_torch_gives(dtype, allowed):
+    """Relative L2 difference, for frames whose sides are no multiples of the kernel's tile. float16 rounds either way by 1e-3."""
+    pytest.importorskip("triton")
+    from vidgen_ray.nets.dense_blocks import DenseTrunk, supports
+
+    torch.manual_seed(0)
+    network = RRDBNet(in_nc=3, out_nc=3, num_filters=64, num_blocks=2, scale=4).eval().requires_grad_(False)
+    assert supports(network)
+    network.to("cuda", dtype, memory_format=torch.channels_last)
+    pixels = torch.rand(2, 3, 37, 53).to("cuda", dtype, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected, result = network(pixels).float(), DenseTrunk(network)(pixels).float()
+    assert (result - expected).norm() / expected.norm() < allowed
 
 
 @pytest.mark.parametrize(
