@@ -92,7 +92,7 @@ def test_option_on_gpu_changes_only_the_rounding(tiny, make_shot, name, options,
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.float16, 3e-3)], ids=str)
 def test_dense_kernel_gives_what_torch_gives(dtype, allowed):
-    """Relative L2 difference, for frames whose sides are no multiples of the kernel's tile. float16 rounds either way by 1e-3."""
+    """Relative L2 difference, for frames whose sides are no multiples of a tile. float16 rounds either way by 1e-3."""
     pytest.importorskip("triton")
     from vidgen_ray.nets.dense_blocks import DenseTrunk, supports
 
