@@ -32,6 +32,7 @@ FACE = {"face_image": "x.jpg"}
 INFUSENET = {**FACE, "identity": "infusenet", "negative_prompt": "blurred"}
 HALF, BRAIN = {"dtype": "float16"}, {"dtype": "bfloat16"}
 SWAPPED, OFFLOAD = {**BRAIN, "text_encoder": "swapped"}, {**BRAIN, "cpu_offload": True}
+CACHE = {"first_block_cache": 1.0}
 KLEIN = {**FACE, "lora": "builtin:tiny/klein-lora.safetensors"}
 WAN = {"video_lora": "builtin:tiny/wan-lora.safetensors"}
 
@@ -44,6 +45,7 @@ class Case(NamedTuple):
 
 CASES = {
     "flux": Case("flux", BRAIN, INFUSENET),
+    "flux with a cache": Case("flux", {**BRAIN, **CACHE}, {**INFUSENET, "steps": {"flux": 4}}),
     "flux swapped": Case("flux", SWAPPED, INFUSENET),
     "flux fp8": Case("flux", {**BRAIN, "quantize": "fp8_storage"}),
     "lora": Case("lora", BRAIN, INFUSENET),
@@ -58,6 +60,7 @@ CASES = {
     "svd": Case("svd", HALF, {"num_frames": 2}),
     "svd with an interval": Case("svd", {**HALF, "guidance_interval": (0.0, 0.5)}, {"num_frames": 2, "steps": {"svd": 2}}),
     "wan": Case("wan", BRAIN, WAN),
+    "wan with a cache": Case("wan", {**OFFLOAD, **CACHE}, {**WAN, "steps": {"wan": 4}}),
     "wan offload": Case("wan", OFFLOAD, WAN),
     "ltx": Case("ltx", BRAIN),
     "ltx offload": Case("ltx", OFFLOAD),

@@ -47,6 +47,17 @@ def search_hooks_once() -> None:
     HookRegistry.register_hook, HookRegistry.reset_stateful_hooks = register_hook, reset_hooks
 
 
+def first_block_states(first_block: Any) -> dict[str, Any]:
+    """Return what diffusers' First Block Cache keeps between steps, by pass. `first_block`: that of the transformer.
+
+    diffusers drops it at the end of a pipeline's call only, not after an error.
+    """
+    from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
+
+    states: dict[str, Any] = first_block._diffusers_hook.get_hook(_FBC_LEADER_BLOCK_HOOK).state_manager._state_cache
+    return states
+
+
 def packed_flux_latents(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
     """Return latents (1, 16, H/8, W/8) as tokens of FLUX (1, H/16 * W/16, 64)."""
     packed: torch.Tensor = pipe._pack_latents(latents, *latents.shape)

@@ -39,6 +39,14 @@ def call_replaced(network: torch.nn.Module, replacement: Callable[[Callable[...,
         network._compiled_call_impl = compiled
 
 
+def compile_forward(module: torch.nn.Module, backend: Any) -> None:
+    """Compile the forward pass of a module in place of the whole module. Hooks of diffusers, added later, are not compiled."""
+    import torch
+
+    module._compiled_call_impl = None
+    module.forward = torch.compile(module.forward, backend=backend)
+
+
 def set_allocator_settings(settings: str) -> None:
     """Give settings to torch's allocators of GPU and pinned host memory. Raises any error for those that it does not know."""
     import torch

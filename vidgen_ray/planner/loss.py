@@ -49,6 +49,8 @@ LIMITS: Mapping[str, LossLimit] = {
     "quantize": LossLimit(psnr_db=24, ssim=0.8),
     # Changes the last steps only, which draw details.
     "guidance_interval": DEFAULT_LIMIT,
+    # Its figures are those of such a cache.
+    "first_block_cache": DEFAULT_LIMIT,
 }
 """Option that changes more than the rounding -> its limit."""
 

@@ -15,6 +15,7 @@ from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.context_parallel import divide
+from vidgen_ray.stages.first_block_cache import FirstBlockCache, FirstBlockCacheParams
 from vidgen_ray.stages.loading import (
     TiledParams,
     deferred_imports_of,
@@ -44,7 +45,7 @@ SCHNELL_STEPS = SCHEDULES["flux.1-schnell"].steps
 """Default steps of FLUX.1-schnell."""
 
 
-class FluxParams(CompileParams, TiledParams, ScheduleParams):
+class FluxParams(CompileParams, TiledParams, FirstBlockCacheParams, ScheduleParams):
     schedule_actor: ClassVar[str] = "flux"
 
     text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
@@ -142,6 +143,8 @@ class FluxModel:
             pin_networks([networks[T5], transformer])
         speed_up(transformer, params)
         divide(transformer)
+        threshold = params.first_block_cache
+        self.cache = FirstBlockCache(transformer, threshold, is_compiled=params.compile) if threshold else None
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
 
     @property

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache as once
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vidgen_ray.nets.identity_networks import IdentityControlNet
+    from vidgen_ray.stages.first_block_cache import FirstBlockCache
     from vidgen_ray.stages.flux_model import FluxModel
 
 
@@ -170,6 +172,7 @@ class InfuseNetInjector(FluxInjector):
             return
         conditioning = _IdentityConditioning(
             net=self.infusenet.net,
+            cache=self.model.cache,
             pose=self._pose_latents(pose, noise_generator(shot.derived_seed(f"{stage}/pose"))),
             shot=shot,
             tokens=self.infusenet.tokens(torch.tensor(embedding[None])),
@@ -198,6 +201,8 @@ class _IdentityConditioning:
     """InfuseNet's inputs that stay the same in all steps of a pipeline call."""
 
     net: IdentityControlNet
+    cache: FirstBlockCache | None
+    """Cache of the transformer, which then adds the residuals itself. InfuseNet runs in computed steps only."""
     pose: torch.Tensor
     shot: Shot
     tokens: torch.Tensor
@@ -206,6 +211,7 @@ class _IdentityConditioning:
     def run(self, pipe: Any, /, **arguments: Any) -> Any:
         """Call the pipeline with InfuseNet's residuals in the steps from `identity_start` to `identity_end` of the shot."""
         step, residuals = -1, {}
+        cache = self.cache
 
         def add_residuals(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             nonlocal step, residuals
@@ -215,7 +221,10 @@ class _IdentityConditioning:
                 step = current_step
                 steps = pipe.num_timesteps
                 is_active = self.shot.identity_start <= step / steps and (step + 1) / steps <= self.shot.identity_end
-                residuals = self._residuals(kwargs) if is_active else {}
+                if cache is not None:
+                    cache.use_residuals(once(partial(self._residuals, kwargs)) if is_active else None)
+                else:
+                    residuals = self._residuals(kwargs) if is_active else {}
             return args, kwargs | residuals
 
         hook = pipe.transformer.register_forward_pre_hook(add_residuals, with_kwargs=True)
@@ -223,6 +232,8 @@ class _IdentityConditioning:
             return pipe(**arguments)
         finally:
             hook.remove()
+            if cache is not None:
+                cache.use_residuals(None)
 
     def _residuals(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return InfuseNet's residuals for the inputs of the transformer, as arguments of the transformer."""

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator
 
 from vidgen_ray.errors import SetupError, install_command
-from vidgen_ray.nets.torch_private import call_replaced
+from vidgen_ray.nets.torch_private import call_replaced, compile_forward
 from vidgen_ray.stages.base import IN_KEY_IF_CHANGED, StageParams
 
 if TYPE_CHECKING:
@@ -199,6 +199,12 @@ def compile_blocks(network: Any, device: str, blocks: Collection[str] | None = N
     for module in network.modules():
         if type(module).__name__ in blocks:
             module.compile(backend=COMPILE_BACKEND)
+
+
+def compile_without_hooks(blocks: Iterable[torch.nn.Module]) -> None:
+    """Compile blocks that `compile_blocks` has compiled with their hooks without them. Add the hooks later."""
+    for block in blocks:
+        compile_forward(block, COMPILE_BACKEND)
 
 
 def separate_from_others(network: Any, blocks: Collection[str]) -> None:
