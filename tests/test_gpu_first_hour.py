@@ -7,17 +7,20 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
 import torch
 
-from benchmarks import gpu_steps
+from benchmarks import gpu_memory_steps, gpu_steps
 from benchmarks.gpu_encoding import NVENC, NVENC_OPTIONS, encoding_rates
 from benchmarks.gpu_rows import CASE_S, CRASHES, CUT_OFFS, TIME_IS_OVER, UNFINISHED, AlarmRang, Rows, TimeIsOver, alarm
 from tools import gpu_first_hour, gpu_results
 from vidgen_ray.engine.trials import TIMEOUT_S
+from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.demand import load_calibration
+from vidgen_ray.planner.layout import CONTEXT_GB
 from vidgen_ray.stages import speed
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +90,25 @@ def test_upscaler_is_measured_with_its_own_kernel_and_in_tiles(tmp_path, monkeyp
         f"animevideov3 {options}" for options in ("dense_kernel: True", "tile_px: 512", "dense_kernel: True, tile_px: 512")
     }
     assert kernel <= {*names}
+
+
+def test_small_card_has_room_for_the_context_of_cuda(monkeypatch):
+    fractions = []
+    card = SimpleNamespace(total_memory=80 * GB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    gpu_memory_steps.limit_to_small_card()
+    assert fractions == [pytest.approx((23.6 - CONTEXT_GB) / 80)]
+
+
+def test_stages_take_turns_on_a_small_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_memory_steps, "measure_cases", lambda run, cases: None)
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
+    gpu_steps.main(["small", str(tmp_path / "rows.json"), "--profile", "tiny"])
+    row = rows_of(tmp_path / "rows.json")["24 GB: stages take turns"]
+    assert row["problem"] is None
+    assert [call["stage"] for call in row["calls"]] == ["flux", "lora", "svd", "realesrgan"] * 2
+    assert all(call["turn_s"] > 0 for call in row["calls"])
 
 
 def test_encoders_are_compared_at_the_same_size():
