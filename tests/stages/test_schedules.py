@@ -264,6 +264,12 @@ def test_one_step_of_a_schedule_with_a_fixed_last_timestep_is_refused():
         params.check_shot(Shot(prompt="a", video_model="ltx", steps={"ltx": 1}), "ltx")
 
 
+def test_one_step_of_stored_weights_with_a_fixed_last_timestep_is_refused():
+    params = LTXParams(weights=resolve("builtin:tiny/ltx"))
+    with pytest.raises(StageError, match=r"steps.ltx: got 1, must be at least 2 with the scheduler of these weights"):
+        params.check_shot(Shot(prompt="a", video_model="ltx", steps={"ltx": 1}), "ltx")
+
+
 @pytest.mark.parametrize(
     ("repository", "shift", "options", "note"),
     [

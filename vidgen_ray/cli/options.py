@@ -138,7 +138,10 @@ def parse_columns(pairs: Sequence[str] | None) -> dict[str, str]:
     return names
 
 
-PROFILE_HELP = f"Built-in profile (auto, {', '.join(builtin_profiles())}), or the path of a profile file."
+PROFILE_HELP = (
+    f"Built-in profile (auto, {', '.join(builtin_profiles())}), -lossy behind it allows lossy speed options, or the path of a "
+    "profile file."
+)
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
 # Not a Path: Path("") is the current folder.
 OutOption = Annotated[

@@ -17,7 +17,10 @@ from vidgen_ray.render.oom_fallback import prepare_gpu
 from vidgen_ray.shot import Shot
 
 TIMEOUT_S = 1800.0
-"""Longest trial: a model is loaded twice, and compiled."""
+"""Longest trial of an option that rounds differently: a model is loaded twice, and compiled."""
+LOSSY_TIMEOUT_S = 7200.0
+"""Longest trial of a lossy option: three shots with all of their steps, with and without it. One of Wan takes 10 minutes on a
+card of 24 GB."""
 
 
 def run_trials(
@@ -65,12 +68,13 @@ def _run(shots: list[tuple[str, Shot]], trial: Trial, card: str) -> TrialResult 
         if free is None:
             return None
         resources |= {"num_gpus": 1, "label_selector": dict([free.label]) if free.label else {}}
+    timeout_s = LOSSY_TIMEOUT_S if trial.limit else TIMEOUT_S
     call = ray.remote(**resources)(try_as_worker).remote(trial, shots)
     try:
-        result: TrialResult = ray.get(call, timeout=TIMEOUT_S)
+        result: TrialResult = ray.get(call, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(call, force=True)
-        return TrialResult(error=f"timeout: it did not end within {TIMEOUT_S:g} s")
+        return TrialResult(error=f"timeout: it did not end within {timeout_s:g} s")
     except ray.exceptions.RayTaskError:
         return None
     # A crash of its process: of a compiled kernel, or for lack of memory.

@@ -295,13 +295,14 @@ class ScheduleParams(StageParams):
 
     def check_shot(self, shot: Shot, stage: str) -> None:
         schedule = self.stated
-        if schedule is None:
-            return
-        if schedule.has_fixed_steps:
+        if schedule and schedule.has_fixed_steps:
             self._check_distilled(shot, stage, schedule)
-        elif "shift_terminal" in schedule.config and getattr(shot.steps, stage) == 1:
-            # The first timestep would also be the last one, and is 0 / 0.
-            raise StageError(f"steps.{stage}: got 1, must be at least 2 with schedule {self.schedule}")
+        elif getattr(shot.steps, stage) == 1:
+            config = schedule.config if schedule else _stored_config(self.weights) or {}
+            if config.get("shift_terminal"):
+                # The first timestep would also be the last one, and is 0 / 0.
+                name = f"schedule {self.schedule}" if schedule else "the scheduler of these weights"
+                raise StageError(f"steps.{stage}: got 1, must be at least 2 with {name}")
 
     def _check_distilled(self, shot: Shot, stage: str, schedule: Schedule) -> None:
         for settings, stated in (("steps", schedule.steps), ("guidance", schedule.guidance)):
