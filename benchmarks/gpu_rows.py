@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_state import gpu_state
+
 UNFINISHED = "did not finish"
 EXIT = ": exit"
 """End of the name of the row of a process that ended outside of its measurements."""
@@ -31,11 +33,11 @@ CRASHES = 2
 CUT_OFFS = 3
 """Calls whose end cuts a measurement off, after which it is not repeated."""
 TIME_IS_OVER = 3
-"""Exit code of a step that has more to measure."""
+"""Exit code of a step that has more to measure, in another process."""
 
 
 class TimeIsOver(BaseException):
-    """The time of this call does not suffice for the next measurement."""
+    """This process cannot make the next measurement: the time of the call does not suffice, or its GPU is lost."""
 
 
 class Rows:
@@ -89,9 +91,9 @@ class Rows:
     def _measure_case(self, name: str, case: Callable[[], Mapping[str, Any]], limit_s: float, left_s: float) -> None:
         crashes, cut_offs = self._crashes(name), self._count(name, "cut_offs")
         self.add(name, UNFINISHED, {"crashes": crashes, "cut_offs": cut_offs})
-        begun, values, problem = time.monotonic(), {}, None
+        begun, values, problem, state = time.monotonic(), {}, None, {}
         try:
-            with alarm(min(limit_s, left_s)):
+            with gpu_state() as state, alarm(min(limit_s, left_s)):
                 values = dict(case())
         except AlarmRang:
             problem = f"took longer than {limit_s:g} s"
@@ -104,8 +106,11 @@ class Rows:
         # A failed row does not affect the next ones. Libraries end the process by SystemExit, too.
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
-        self.add(name, values.pop("problem", problem), {**values, "took_s": time.monotonic() - begun})
-        print(f"{name}: {self._rows[name]['problem'] or 'measured'}", file=sys.stderr, flush=True)  # noqa: T201
+        problem = values.pop("problem", problem)
+        self.add(name, problem, {**values, "took_s": time.monotonic() - begun, "gpu": state})
+        print(f"{name}: {problem or 'measured'}", file=sys.stderr, flush=True)  # noqa: T201
+        if problem is not None and not is_gpu_usable():
+            raise TimeIsOver
 
     def add(self, name: str, problem: str | None, values: Mapping[str, Any] | None = None) -> None:
         """Add or replace a row."""
@@ -136,6 +141,17 @@ class Rows:
         os.replace(new, self._file)
 
 
+def is_gpu_usable() -> bool:
+    """Return whether this process can still use its GPU. After an illegal access and other errors, all calls of CUDA fail."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
 class AlarmRang(BaseException):
     """The time of a case is over. Not an Exception: a compiler or a trial would take it for an error of its own."""
 
@@ -150,7 +166,7 @@ def alarm(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     # A thread that needs no lock of Python.
-    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=2)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import av
 import pytest
 import torch
 
-from benchmarks import gpu_memory_steps, gpu_steps
+from benchmarks import gpu_memory_steps, gpu_state, gpu_steps
 from benchmarks.gpu_encoding import NVENC, NVENC_OPTIONS, encoding_rates
 from benchmarks.gpu_rows import CASE_S, CRASHES, CUT_OFFS, TIME_IS_OVER, UNFINISHED, AlarmRang, Rows, TimeIsOver, alarm
 from tools import gpu_first_hour, gpu_results
@@ -228,6 +228,53 @@ def test_trials_have_as_long_as_in_a_worker(tmp_path, monkeypatch):
     assert len(compiled) > 5
     assert set(compiled.values()) == {TIMEOUT_S}
     assert limits["svd"] == CASE_S
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$2" in
+*clocks_event_reasons*) echo 'Field "clocks_event_reasons.active" is not a valid field to query.'; exit 2;;
+*clocks.sm*) echo "1230, 699.5, [N/A], 81, 0x0000000000000024";;
+*) echo 0x0000000000000001;;
+esac
+"""
+
+
+def test_rows_have_the_clock_and_the_power_of_the_gpu(tmp_path, monkeypatch):
+    file = tmp_path / "nvidia-smi"
+    file.write_text(NVIDIA_SMI)
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    rows = tmp_path / "rows.json"
+    Rows(rows).measure({"a": dict, "b": case([], "b", ValueError("no memory"))})
+    state = {"clock_mhz": 1230.0, "power_w": 699.5, "power_limit_w": None, "temperature_c": 81.0}
+    assert [row["gpu"] for row in rows_of(rows).values()] == [{**state, "limited_by": "power limit, temperature"}] * 2
+    for broken in ("exit 9", "echo 12, 34", "echo a; kill -9 $$"):
+        file.write_text(f"#!/bin/sh\n{broken}\n")
+        Rows(rows).measure({broken: dict})
+        assert rows_of(rows)[broken]["gpu"] == {}
+    file.unlink()
+    monkeypatch.setattr(gpu_state.shutil, "which", lambda name: None)
+    Rows(rows).measure({"c": dict})
+    assert rows_of(rows)["c"] == {**rows_of(rows)["c"], "gpu": {}, "problem": None}
+
+
+def test_process_that_lost_its_gpu_leaves_the_other_measurements_to_the_next_one(tmp_path, monkeypatch):
+    file, measured = tmp_path / "rows.json", []
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        raise lost
+
+    cases = {"a": case(measured, "a", lost), "b": case(measured, "b")}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        with pytest.raises(TimeIsOver):
+            Rows(file).measure(cases)
+    Rows(file).measure(cases)
+    assert measured == ["a", "b"]
+    assert Rows(file).problems == {"a": f"RuntimeError: {lost}", "b": None}
 
 
 PROGRAM = """

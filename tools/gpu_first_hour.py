@@ -119,7 +119,7 @@ def run_step(step: str, file: Path, profile: str, until: float) -> None:
             # Also processes that it has started.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    print(f"{step}: {'time is over' if code in (None, TIME_IS_OVER) else f'exit code {code}'}, {file}", file=sys.stderr)
+    print(f"{step}: {'more to measure' if code in (None, TIME_IS_OVER) else f'exit code {code}'}, {file}", file=sys.stderr)
     if code not in (0, TIME_IS_OVER):
         lines = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()] or [
             "no output"

@@ -100,8 +100,14 @@ COLUMNS = (
     "warm-up, s",
     "memory, GB",
     "planned, GB",
+    "clock, MHz",
+    "power, W",
+    "clock limited by",
 )
-NOTE = "Gain: seconds with the options of the profile / these. Planned: weights and activations of the memory table."
+NOTE = (
+    "Gain: seconds with the options of the profile / these. Planned: weights and activations of the memory table. "
+    "Clock: at the highest power draw."
+)
 
 
 def _stage_cells(row: Row, measured: Iterable[Row]) -> tuple[Any, ...]:
@@ -110,7 +116,8 @@ def _stage_cells(row: Row, measured: Iterable[Row]) -> tuple[Any, ...]:
     gain = plain["seconds_of_reference"] / one["seconds_of_reference"] if plain and plain is not one else None
     share = None if row["peak_share"] is None else f"{row['peak_share']:.0%}"
     times = (one[name] for name in ("step_s", "fixed_s", "warmup_s", "peak_gb"))
-    return row["name"], one["size"], one["seconds_of_reference"], gain, share, *times, row["planned_gb"]
+    gpu = [row.get("gpu", {}).get(name) for name in ("clock_mhz", "power_w", "limited_by")]
+    return row["name"], one["size"], one["seconds_of_reference"], gain, share, *times, row["planned_gb"], *gpu
 
 
 def _rows(steps: Iterable[Row]) -> list[Row]:
