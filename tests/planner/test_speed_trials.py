@@ -87,7 +87,7 @@ def test_option_is_used_on_the_kinds_of_gpus_that_have_accepted_it_with_the_same
     assert settled(own, ["RTX 4090"]).actors["flux"].options["quantize"] == "fp8_storage"
 
 
-@pytest.mark.parametrize("package", ["torch", "diffusers", "torchao", "triton"])
+@pytest.mark.parametrize("package", ["torch", "diffusers", "torchao", "triton", "sageattention"])
 def test_results_of_other_versions_of_libraries_are_not_used(monkeypatch, package):
     profile, versions = load_profile("gpu-24gb-lossy"), dict.fromkeys(speed_trials._PACKAGES, "2.0")
     monkeypatch.setattr(speed_trials, "version", versions.__getitem__)
@@ -121,6 +121,38 @@ def test_cudnn_attention_is_tried_where_torch_does_not_prefer_it(card, is_tried)
         trial.option for trial, _ in open_trials(load_profile("gpu-48gb-lossy"), "wan", [card]) if trial.option == "quantize"
     ]
     assert bool(in_fp8) == (not card.startswith("A100"))
+
+
+@pytest.mark.parametrize(
+    ("card", "is_tried"),
+    [
+        ("RTX 3090", True),
+        ("RTX 4090 D", True),
+        ("RTX 5070 Ti", True),
+        ("RTX PRO 6000", False),
+        ("A6000", False),
+        ("H100", False),
+    ],
+)
+def test_attention_in_8_bits_is_tried_on_geforce_cards(card, is_tried):
+    def tried(name, actor):
+        return ("attention_backend", "sage") in [
+            (trial.option, trial.value) for trial, _ in open_trials(load_profile(name), actor, [card])
+        ]
+
+    for actor in ("flux", "klein", "wan"):
+        assert tried("gpu-20gb-lossy", actor) == is_tried, actor
+        assert not tried("gpu-20gb", actor), actor
+    assert limit_of("attention_backend", "sage") == LIMITS["attention_backend"]
+    assert limit_of("attention_backend", "_native_cudnn") is None
+
+
+def test_attention_in_8_bits_without_its_package_is_left_out_before_anything_runs(tiny, make_shot, monkeypatch):
+    monkeypatch.setattr(speed_trials, "run_once", None)
+    trial = Trial(tiny, "flux", "attention_backend", "sage")
+    result = try_option(trial, [("flux", make_shot())])
+    assert result.rejected.startswith("attention_backend: sage needs the package sageattention 2.1.1 or later")
+    assert result.limit == LIMITS["attention_backend"]
 
 
 def test_folder_keeps_the_options_of_its_first_run():
@@ -241,7 +273,7 @@ def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monke
     assert "attention_backend" not in fast.actors["svd"].options
     assert fast.actors["flux"].options["quantize"] == "fp8_storage"
     outcomes = "\n".join(messages)
-    assert "svd: attention_backend=sage on cpu: left out: SetupError: attention_backend" in outcomes
+    assert "svd: attention_backend=sage on cpu: left out: attention_backend: sage needs the package" in outcomes
     assert re.search(r"flux: quantize=fp8_storage on cpu: used, .* as fast, PSNR .* in the worst of 3 shots", outcomes)
     assert "svd: decode_chunk_frames=4 on cpu: used" in outcomes
     messages.clear()

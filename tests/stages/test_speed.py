@@ -287,6 +287,7 @@ def test_options_name_what_is_missing(tiny, monkeypatch):
     for stage_class, options, message in (
         (FluxStage, {"attention_backend": "flash_hub"}, "'flash_hub', which downloads code"),
         (SVDStage, {"attention_backend": "sage"}, r"attention_backend: .*'sage'"),
+        (FluxStage, {"attention_backend": "sage"}, "attention_backend: 'sage' cannot be used .*sageattention>=2"),
         (SVDStage, {"compile": True}, r"compile: needs a C\+\+ compiler"),
     ):
         with pytest.raises(SetupError, match=message):

@@ -18,6 +18,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Frames, Image, Item
 from vidgen_ray.stages.instantid import SAME_PERSON, ClipLikenessStage, InstantIDStage, sampled_frames
+from vidgen_ray.stages.speed import is_eight_bit_attention
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +50,8 @@ LIMITS: Mapping[str, LossLimit] = {
     "quantize": LossLimit(psnr_db=24, ssim=0.8),
     # Changes the last steps only, which draw details.
     "guidance_interval": DEFAULT_LIMIT,
+    # Rounds in each layer, as `quantize`. Of the backends, only those in 8 bits.
+    "attention_backend": LossLimit(psnr_db=24, ssim=0.8),
     # Its figures are those of such a cache.
     "first_block_cache": DEFAULT_LIMIT,
 }
@@ -58,7 +61,8 @@ LIMITS: Mapping[str, LossLimit] = {
 def limit_of(option: str, value: JsonValue) -> LossLimit | None:
     """Return the limit of a value of an option. `None` if it changes no more than the rounding."""
     is_off = value in (None, False, "none")
-    return None if is_off else LIMITS.get(option)
+    is_exact = option == "attention_backend" and not is_eight_bit_attention(value)
+    return None if is_off or is_exact else LIMITS.get(option)
 
 
 class Loss(FrozenModel):

@@ -40,6 +40,7 @@ from vidgen_ray.planner.loss import (
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LORA_FIELDS, LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
+from vidgen_ray.stages.speed import is_eight_bit_attention, missing_package
 from vidgen_ray.system.cache_dir import CacheFile
 from vidgen_ray.system.free_memory import free_gpu_memory
 
@@ -56,7 +57,7 @@ MIN_SPEEDUP = 1.03
 """Plain seconds divided by those with the option, from which an option is used."""
 CPU = "cpu"
 """Stands for the kind of GPU of a machine without any, and of actors on the CPU."""
-_PACKAGES = ("torch", "diffusers", "torchao", "triton")
+_PACKAGES = ("torch", "diffusers", "torchao", "triton", "sageattention")
 """Packages whose versions a result is valid for."""
 
 
@@ -170,14 +171,18 @@ def open_trials(profile: Profile, actor: str, cards: Sequence[str]) -> Iterator[
 
 
 ADA = ("L4", "L40S", "RTX 6000 Ada", "RTX 4080", "RTX 4090")
+GEFORCE = re.compile(r"RTX [345]0\d0")
 WITHOUT_FP8 = ("T4", "A4500", "A10G", "A10", "RTX 3090", "A5000", "A100 40 GB", "A40", "A6000", "A100 80 GB")
 
 
 def is_tried_on(card: str, value: JsonValue) -> bool:
     """Return whether a kind of GPU may gain from a value of an option.
 
-    torch prefers cuDNN's attention on Hopper and Blackwell itself, and FlashAttention is faster on Ampere.
+    torch prefers cuDNN's attention on Hopper and Blackwell itself, and FlashAttention is faster on Ampere. Attention in 8 bits
+    pays on GeForce cards, whose 16-bit products with sums in 32 bits run at half of the rate.
     """
+    if is_eight_bit_attention(value):
+        return GEFORCE.match(card) is not None
     return (value != "_native_cudnn" or card in ADA) and (value != "fp8" or card not in WITHOUT_FP8)
 
 
@@ -245,6 +250,8 @@ def try_option(trial: Trial, shots: Iterable[tuple[str, Shot]]) -> TrialResult:
     A lossy option is compared by the results of several shots, all others by a call of the network. Raises what the stages
     raise without the option.
     """
+    if missing := missing_package(trial.value):
+        return TrialResult(error=missing, limit=trial.limit)
     by_stage: dict[str, list[Shot]] = {}
     for name, shot in shots:
         by_stage.setdefault(name, []).append(shot)

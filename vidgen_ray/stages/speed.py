@@ -39,6 +39,8 @@ SDPA_BACKENDS = {
 }
 """diffusers' name of a backend that torch has itself -> torch's name. `None`: torch chooses."""
 
+SAGE = "sage"
+"""Part of diffusers' names of backends that compute attention in 8 bits, by SageAttention."""
 KEPT_IN_16_BITS = (
     "pos_embed", "norm_q", "norm_k", "norm_added_q", "norm_added_k", "^x_embedder$", "^context_embedder$", "^proj_out$",
 )  # fmt: skip
@@ -58,7 +60,7 @@ class CompileParams(StageParams):
     """Parameters of a stage with a denoising network that can be made faster."""
 
     attention_backend: str = "native"
-    """Implementation of attention, by diffusers' name. `native`: torch chooses."""
+    """Implementation of attention, by diffusers' name. `native`: torch chooses. `sage`: in 8 bits by SageAttention, lossy."""
     compile: bool = False
     """Compile the denoising network with torch.compile: SVD's as a whole, all others block by block. The first shot takes
     minutes longer, and the first one of another size once more. Further sizes share the second compilation."""
@@ -144,6 +146,8 @@ def set_attention_backend(name: str, network: Any) -> None:
     """
     from diffusers.models.attention_dispatch import attention_backend
 
+    if missing := missing_package(name):
+        raise SetupError(missing)
     if name.endswith("_hub"):
         raise SetupError(f"attention_backend: got {name!r}, which downloads code; use a backend that is installed")
     try:
@@ -152,6 +156,20 @@ def set_attention_backend(name: str, network: Any) -> None:
             network.set_attention_backend(name)
     except (ValueError, RuntimeError) as error:
         raise SetupError(f"attention_backend: {name!r} cannot be used on this machine: {error}") from None
+
+
+def is_eight_bit_attention(value: Any) -> bool:
+    """Return whether a value of an option names an attention backend that computes in 8 bits."""
+    return isinstance(value, str) and SAGE in value
+
+
+def missing_package(value: Any) -> str:
+    """Return which package an attention backend needs and this machine lacks, in a sentence. Empty if none."""
+    # A download is refused with another reason.
+    needs_package = is_eight_bit_attention(value) and not value.endswith("_hub")
+    if not needs_package or find_spec("sageattention") is not None:
+        return ""
+    return f"attention_backend: {value} needs the package sageattention 2.1.1 or later, built from its repository; PyPI has 1.0"
 
 
 def require_sdpa_backend(name: str) -> None:
