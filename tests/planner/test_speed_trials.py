@@ -266,14 +266,14 @@ def test_trial_runs_the_shot_with_and_without_the_option(tiny, make_shot):
 def test_options_are_tried_on_the_cluster_once(local_ray, tiny, make_shot, monkeypatch):
     monkeypatch.setattr(speed_trials, "MIN_SPEEDUP", 0.0)
     lossy = with_actor(tiny, "flux", lossy_trial_options={"quantize": "fp8_storage"}).allowing_loss()
-    profile = trying(lossy, svd={"attention_backend": "sage", "decode_chunk_frames": 4})
+    profile = trying(lossy, svd={"attention_backend": "flash", "decode_chunk_frames": 4})
     shots, messages = [make_shot(mode="fast", num_frames=2, steps={"flux": 6, "svd": 1})], []
     fast = run_trials(profile, shots, None, MACHINE, messages.append)
     assert fast.actors["svd"].options["decode_chunk_frames"] == 4
     assert "attention_backend" not in fast.actors["svd"].options
     assert fast.actors["flux"].options["quantize"] == "fp8_storage"
     outcomes = "\n".join(messages)
-    assert "svd: attention_backend=sage on cpu: left out: attention_backend: sage needs the package" in outcomes
+    assert "svd: attention_backend=flash on cpu: left out: SetupError: attention_backend" in outcomes
     assert re.search(r"flux: quantize=fp8_storage on cpu: used, .* as fast, PSNR .* in the worst of 3 shots", outcomes)
     assert "svd: decode_chunk_frames=4 on cpu: used" in outcomes
     messages.clear()
