@@ -53,7 +53,7 @@ from benchmarks.gpu_kernels import (
     network_table,
     seconds_of,
 )
-from benchmarks.gpu_memory_steps import small_step
+from benchmarks.gpu_memory_steps import drill_step, memory_step, small_step
 from benchmarks.gpu_rows import TIME_IS_OVER, Rows, TimeIsOver
 from benchmarks.machine import machine
 from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, random_models, with_random_weights
@@ -499,6 +499,8 @@ STEPS: Mapping[str, Callable[[Run], None]] = {
     "upscaler": upscaler_step,
     "options": options_step,
     "tests": partial(tests_step, chosen="not compile"),
+    "memory": memory_step,
+    "drill": drill_step,
     "small": small_step,
     "others": others_step,
     "group": group_step,
@@ -506,7 +508,7 @@ STEPS: Mapping[str, Callable[[Run], None]] = {
 }
 
 
-WITH_FACE = ("profile", "chain", "swap", "bytes", "options", "small")
+WITH_FACE = ("profile", "chain", "swap", "bytes", "options", "small", "memory", "drill")
 """Steps that need InfuseNet."""
 
 

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +62,7 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
     assert calibration["svd"].measurements[0].random_weights
 
 
-SHORT_STEPS = ("machine", "swap", "bytes")
+SHORT_STEPS = ("machine", "swap", "bytes", "memory", "drill")
 LONG_STEPS = ("profile", "upscaler", "wan", "options", "small", "others", "group")
 
 
@@ -99,6 +100,63 @@ def test_small_card_has_room_for_the_context_of_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     gpu_memory_steps.limit_to_small_card()
     assert fractions == [pytest.approx((23.6 - CONTEXT_GB) / 80)]
+
+
+@pytest.fixture
+def measure_row(tmp_path, monkeypatch):
+    """Return a function that runs a step on a CPU, but only one of its measurements, and returns its row."""
+    measure = Rows.measure
+
+    def run(step, name):
+        def only(rows, cases, limits_s=None):
+            measure(rows, {own: case for own, case in cases.items() if own == name}, limits_s)
+
+        file = tmp_path / f"{step}.json"
+        file.unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "measure", only)
+            patch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
+            gpu_steps.main([step, str(file), "--profile", "tiny"])
+        return rows_of(file)[name]
+
+    return run
+
+
+def test_memory_above_the_plan_is_a_problem(measure_row, monkeypatch):
+    row = measure_row("memory", "memory realesrgan")
+    assert (row["problem"], [peak["outcome"] for peak in row["peaks"]]) == (None, ["done"] * 3)
+
+    def without_memory(stage, item):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_memory_steps, "run_once", without_memory)
+    assert measure_row("memory", "memory realesrgan")["problem"] is None, "there is no GPU on which it should fit"
+    monkeypatch.setattr(gpu_memory_steps, "total_gpu_gb", lambda: 80.0)
+    row = measure_row("memory", "memory realesrgan")
+    assert row["problem"] == "more than planned: 128x64x5, 128x64x5, 128x64x5"
+
+
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["same bytes", "other bytes"])
+def test_bytes_are_compared_after_the_gpu_was_full(measure_row, monkeypatch, is_damaged):
+    is_full, calls = [False], []
+
+    @contextmanager
+    def full_gpu():
+        is_full[0] = True
+        yield
+        is_full[0] = False
+
+    def run(stage, item):
+        if is_full[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        calls.append(stage.name)
+        return np.full((2, 2, 3), len(calls) if is_damaged else 1, np.uint8)
+
+    monkeypatch.setattr(gpu_memory_steps, "full_gpu", full_gpu)
+    monkeypatch.setattr(gpu_memory_steps, "run_once", run)
+    row = measure_row("drill", "drill realesrgan")
+    assert [outcome["on a full GPU"] for outcome in row["outcomes"]] == ["out of memory"] * 2
+    assert row["problem"] == ("other bytes after: call, swap" if is_damaged else None)
 
 
 def test_stages_take_turns_on_a_small_card(tmp_path, monkeypatch):

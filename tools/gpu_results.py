@@ -87,7 +87,7 @@ def page(steps: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-TABLES = ("rates", "kinds", "networks", "kernels", "calls", "moves")
+TABLES = ("rates", "kinds", "networks", "kernels", "calls", "moves", "peaks", "outcomes")
 """Values of rows that are lists of objects with the same names."""
 COLUMNS = (
     "measured",
