@@ -45,6 +45,8 @@ class Run:
     models: Mapping[str, RandomModel]
     """Actor -> these networks."""
     on_gpu: bool
+    lora: str | None = None
+    """LoRA that the user gives."""
 
     @property
     def clip(self) -> dict[str, int]:

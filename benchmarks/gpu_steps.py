@@ -54,14 +54,15 @@ from benchmarks.gpu_kernels import (
     seconds_of,
 )
 from benchmarks.gpu_memory_steps import drill_step, memory_step, small_step
+from benchmarks.gpu_option_steps import compile_step, lora_step, options_step
+from benchmarks.gpu_process_steps import PROFILE, group_step, worker_step
 from benchmarks.gpu_rows import TIME_IS_OVER, Rows, TimeIsOver
 from benchmarks.machine import machine
 from vidgen_ray.bench.bench_command import PROMPT, BenchOptions, random_models, with_random_weights
 from vidgen_ray.cli.doctor import check_driver, check_python, check_shared_memory, check_torch, memory_limit_gb
-from vidgen_ray.engine.gpu_group import GpuGroup
 from vidgen_ray.engine.trials import TIMEOUT_S
 from vidgen_ray.planner.cluster import GB, profile_for, this_machine
-from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_option
+from vidgen_ray.planner.speed_trials import invented_item, run_once
 from vidgen_ray.render.oom_fallback import allocator_settings, prepare_gpu
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import speed
@@ -307,63 +308,6 @@ def upscaler_step(run: Run) -> None:
         )
 
 
-# Options
-
-
-def options_step(run: Run) -> None:
-    """Try speed options of FLUX, SVD and Wan as `vidgen bench` does, and count what a compiled FLUX compiles again."""
-    fields = {**run.clip, "steps": {"flux": 4, "lora": 4, "svd": 4}}
-
-    def tried(actor: str, options: Mapping[str, Any], *, exact: bool = False) -> dict[str, Any]:
-        """Try the last option. Those before it are set."""
-        profile = run.profile.with_options({actor: dict([*options.items()][:-1])})
-        names = ("flux", "lora") if actor == "flux" else (actor,)
-        own = {"flux": {**fields, **FACE}, "svd": fields, "wan": {**fields, **WAN, "steps": {"wan": 2}}}[actor]
-        shots = [(name, shot_for(profile, **own, **loras[-1])) for name in names]
-        with torch._inductor.config.patch(emulate_precision_casts=exact):
-            result = try_option(Trial(profile, actor, *[*options.items()][-1]), shots)
-        return {"trial": result.model_dump(), "problem": result.error or None, "rejected": result.rejected}
-
-    tried_options: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("svd", {"compile": True}),
-        ("flux", {"compile": True}),
-        ("flux", {"quantize": "fp8", "compile": True}),
-        ("svd", {"compile": True, "channels_last": True}),
-        ("flux", {"quantize": "fp8"}),
-        ("wan", {"quantize": "fp8"}),
-        ("flux", {"quantize": "fp8_storage"}),
-        ("flux", {"attention_backend": "_native_cudnn"}),
-    )
-    with random_loras(run, (64, 16, 16)) as loras:
-        trials = {
-            f"{actor} {', '.join(f'{k}: {v}' for k, v in each.items())}": partial(tried, actor, each)
-            for actor, each in tried_options
-        }
-        exact = partial(tried, "flux", {"compile": True}, exact=True)
-        recompiled = partial(_recompilation, run, loras)
-        cases = {
-            **trials,
-            "flux compile: True, emulate_precision_casts": exact,
-            "lora compile: True, sizes and LoRAs": recompiled,
-        }
-        run.rows.measure(cases, dict.fromkeys(cases, TIMEOUT_S))
-
-
-def _recompilation(run: Run, loras: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    other = {"width": 768, "height": 1024} if run.on_gpu else {"width": 64, "height": 64}
-    sizes = (run.clip, other)
-    shots = [*((size, loras[0]) for size in (sizes[0], *sizes, sizes[0])), *((sizes[0], lora) for lora in loras[1:])]
-    stage = FluxLoRAStage(changed_params(run.profile.params(FluxLoRAStage), {"compile": True}))  # type: ignore[arg-type]
-    items = [
-        invented_item(FluxLoRAStage, shot_for(run.profile, steps={"lora": 4}, **size, **FACE, **lora)) for size, lora in shots
-    ]
-    with stage:
-        calls = calls_of(stage, items)
-    del stage
-    free_gpu_memory()
-    return {"calls": calls}
-
-
 def others_step(run: Run) -> None:
     """Measure models outside of the default chain."""
     common: dict[str, Any] = {"bench": bench_options(run.on_gpu), "is_calibration": True}
@@ -387,69 +331,6 @@ def others_step(run: Run) -> None:
             ),
         },
     )
-
-
-# Groups of GPUs
-
-
-PROFILE = "VIDGEN_FIRST_HOUR_PROFILE"
-"""Environment variable with the name of the profile, for processes of a group."""
-
-
-class RandomInGroup(Stage[Any]):
-    """Mixin of a stage whose networks have random weights, also in the processes of a group."""
-
-    def load(self) -> None:
-        if not torch.cuda.is_available():
-            speed.COMPILE_BACKEND = "eager"
-        profile = profile_for(os.environ[PROFILE])
-        with with_random_weights(profile, random_models(profile)):
-            super().load()  # type: ignore[safe-super]  # that of the stage, the next base class
-
-
-class FluxInGroup(RandomInGroup, FluxStage): ...
-
-
-class SVDInGroup(RandomInGroup, SVDStage): ...
-
-
-class WanInGroup(RandomInGroup, WanStage): ...
-
-
-def group_step(run: Run) -> None:
-    """Measure stages on one GPU and on a group of two, and compare what they make."""
-    if run.on_gpu and torch.cuda.device_count() < 2:
-        run.rows.add("group of two GPUs", "the machine has one GPU", {})
-        return
-    wan = {**WAN, **sized(run.on_gpu, 832, 480, 81), "steps": {"wan": 2}}
-    stages = ((FluxInGroup, sized(run.on_gpu, 1024, 1024, 25)), (SVDInGroup, run.clip), (WanInGroup, wan))
-
-    def measured(stage: type[Stage[Any]], fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-        params = stage.divided(changed_params(run.profile.params(stage), options))
-        if params is None:
-            return {"problem": "not divided with the options of this card"}
-        item, group = invented_item(stage, shot_for(run.profile, **fields)), GpuGroup(2)
-
-        def seconds_and_result(kind: Stage[Any]) -> tuple[float, np.ndarray[Any, Any]]:
-            with kind:
-                result = run_once(kind, item)
-                return seconds_of(partial(run_once, kind, item)), result
-
-        alone_s, alone = seconds_and_result(stage(params))
-        free_gpu_memory()
-        try:
-            group_s, together = seconds_and_result(group.divided(stage, params))
-        finally:
-            group.stop()
-        levels = float(np.abs(together.astype(int) - alone).mean())
-        return {"alone_s": alone_s, "group_s": group_s, "levels": levels, "problem": group.lost or None}
-
-    for compiled in (False, True) if run.on_gpu else (False,):
-        end = " compile: True" if compiled else ""
-        cases = {
-            f"group {stage.name}{end}": partial(measured, stage, fields, {"compile": compiled}) for stage, fields in stages
-        }
-        run.rows.measure(cases, dict.fromkeys(cases, TIMEOUT_S if compiled else LONG_S))
 
 
 # Tests
@@ -503,12 +384,15 @@ STEPS: Mapping[str, Callable[[Run], None]] = {
     "drill": drill_step,
     "small": small_step,
     "others": others_step,
+    "worker": worker_step,
+    "compile": compile_step,
+    "compile_tests": partial(tests_step, chosen="compile"),
+    "lora": lora_step,
     "group": group_step,
-    "compile": partial(tests_step, chosen="compile"),
 }
 
 
-WITH_FACE = ("profile", "chain", "swap", "bytes", "options", "small", "memory", "drill")
+WITH_FACE = ("profile", "chain", "swap", "bytes", "options", "small", "memory", "drill", "worker", "compile", "lora")
 """Steps that need InfuseNet."""
 
 
@@ -525,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("file", type=Path, help="JSON file that the rows are written to")
     parser.add_argument("--profile", default="auto")
+    parser.add_argument("--lora", help="LoRA of the step lora: a file, or a Hugging Face repository OWNER/NAME")
     parser.add_argument("--until", type=float, default=float("inf"), help="end of the process, by the monotonic clock")
     args = parser.parse_args(argv)
     profile, on_gpu = profile_for(args.profile), torch.cuda.is_available()
@@ -542,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = random_models(profile)
     with with_random_weights(profile, models) as chosen:
         try:
-            STEPS[args.step](Run(rows, with_infusenet(chosen) if args.step in WITH_FACE else chosen, models, on_gpu))
+            STEPS[args.step](Run(rows, with_infusenet(chosen) if args.step in WITH_FACE else chosen, models, on_gpu, args.lora))
         except TimeIsOver:
             return TIME_IS_OVER
     rows.complete()

@@ -62,7 +62,7 @@ def test_steps_become_a_page_and_calibrations(folder, tmp_path, monkeypatch):
     assert calibration["svd"].measurements[0].random_weights
 
 
-SHORT_STEPS = ("machine", "swap", "bytes", "memory", "drill")
+SHORT_STEPS = ("machine", "swap", "bytes", "memory", "drill", "worker", "compile")
 LONG_STEPS = ("profile", "upscaler", "wan", "options", "small", "others", "group")
 
 
@@ -107,7 +107,7 @@ def measure_row(tmp_path, monkeypatch):
     """Return a function that runs a step on a CPU, but only one of its measurements, and returns its row."""
     measure = Rows.measure
 
-    def run(step, name):
+    def run(step, name, *arguments):
         def only(rows, cases, limits_s=None):
             measure(rows, {own: case for own, case in cases.items() if own == name}, limits_s)
 
@@ -116,7 +116,7 @@ def measure_row(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Rows, "measure", only)
             patch.setattr(speed, "COMPILE_BACKEND", speed.COMPILE_BACKEND)
-            gpu_steps.main([step, str(file), "--profile", "tiny"])
+            gpu_steps.main([step, str(file), "--profile", "tiny", *arguments])
         return rows_of(file)[name]
 
     return run
@@ -134,6 +134,26 @@ def test_memory_above_the_plan_is_a_problem(measure_row, monkeypatch):
     monkeypatch.setattr(gpu_memory_steps, "total_gpu_gb", lambda: 80.0)
     row = measure_row("memory", "memory realesrgan")
     assert row["problem"] == "more than planned: 128x64x5, 128x64x5, 128x64x5"
+
+
+def test_lora_of_the_user_changes_an_image(measure_row, monkeypatch):
+    name = "builtin:tiny/lora.safetensors"
+    row = measure_row("lora", f"LoRA {name}", "--lora", name)
+    assert row["problem"] is None
+    assert row["changes"] > 1
+    assert "run the step lora with --lora" in measure_row("lora", "LoRA from elsewhere")["problem"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert measure_row("lora", "LoRA no/one", "--lora", "no/one")["problem"].startswith("OfflineModeIsEnabled: ")
+
+
+def test_compilation_is_measured_at_three_sizes(measure_row):
+    row = measure_row("compile", "compilation of flux and infusenet")
+    assert row["problem"] is None
+    assert [(each["size"], each["graphs"] > 0) for each in row["compiled"]] == [
+        ("128x64x5", True),
+        ("128x128x5", True),
+        ("128x192x5", False),
+    ]
 
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["same bytes", "other bytes"])
@@ -348,12 +368,12 @@ def own_steps(tmp_path, monkeypatch):
     """Return a function that replaces the process of a step by a program, and runs the command."""
     real = gpu_first_hour.subprocess.Popen
 
-    def run(body, *arguments):
+    def run(body, *arguments, step="machine"):
         def start(command, **options):
             return real([sys.executable, "-c", PROGRAM.format(body=body), *command[3:]], **options)
 
         monkeypatch.setattr(gpu_first_hour.subprocess, "Popen", start)
-        return gpu_first_hour.main(["machine", "--results", str(tmp_path / "results"), *arguments])
+        return gpu_first_hour.main([step, "--results", str(tmp_path / "results"), *arguments])
 
     monkeypatch.setattr(gpu_first_hour, "package_folders", lambda: [str(ROOT)])
     return run
@@ -392,6 +412,25 @@ def test_results_and_compiled_kernels_are_in_a_relative_folder(own_steps, tmp_pa
     assert [Path(cache).is_relative_to(tmp_path / "relative") for cache in caches] == [True, True]
 
 
+def test_each_lora_has_results_of_its_own(own_steps, tmp_path, monkeypatch):
+    """Only one that is no file may be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    body = (
+        'row = {"name": sys.argv[-1], "problem": None, "offline": os.environ["HF_HUB_OFFLINE"]};'
+        'json.dump({"complete": True, "rows": [row]}, open(file, "w"))'
+    )
+    (tmp_path / "own.safetensors").touch()
+    for lora in ("own.safetensors", "owner/name"):
+        assert own_steps(body, "--lora", lora, step="lora") == 0
+    names = {}
+    for file in (tmp_path / "results").glob("*-lora-*.json"):
+        names |= {name: (file.name.partition("-")[2], row["offline"]) for name, row in rows_of(file).items()}
+    assert names == {
+        str(tmp_path / "own.safetensors"): ("lora-own.safetensors.json", "1"),
+        "owner/name": ("lora-owner-name.json", "0"),
+    }
+
+
 @pytest.mark.slow
 def test_tests_are_collected_without_ray_and_have_rows(tmp_path):
     """As on a machine with the packages of a bundle alone."""
@@ -420,6 +459,7 @@ def test_page_states_gains_shares_failures_and_counts_tests():
             "measurement": {**size, "seconds_of_reference": seconds},
             "planned_gb": 15.5,
             "peak_share": 0.4,
+            "gpu": {"clock_mhz": 1980.0, "power_w": 650.0, "limited_by": "power limit"},
         }
         for name, seconds in (("svd", 20.0), ("svd compile: full", 10.0))
     ]
@@ -430,10 +470,12 @@ def test_page_states_gains_shares_failures_and_counts_tests():
         {"name": "tests/a.py::b", "problem": "failed: a | b"},
         {"name": "speeds", "problem": None, "tflop_per_s": 700.0, "gb_per_s": 3000.0, "link_gb_per_s": 50.0},
         {"name": "flux compile: True", "problem": None, "trial": {"speedup": 1.5, "error": ""}, "rejected": ""},
+        {"name": "worker svd", "problem": None, "worker": {"start_s": 4.5, "first_s": 30.0}},
         {"name": "bytes svd", "problem": "other bytes: swapped", "levels": {"again": 0.0, "swapped": 0.25}},
     ]
     page = gpu_results.page([{"machine": machine, "card": "H100", "profile": "gpu-80gb", "rows": rows}])
-    assert "| svd | 1024x576x25 | 20 |  | 40% | 0.5 | 1 | 2 | 14 | 15.5 |" in page
+    assert "| svd | 1024x576x25 | 20 |  | 40% | 0.5 | 1 | 2 | 14 | 15.5 | 1980 | 650 | power limit |" in page
+    assert "| worker svd | 4.5 | 30 |" in page
     assert "| svd compile: full | 1024x576x25 | 10 | 2 | 40% |" in page
     assert "1 of 2 passed" in page
     assert "| tests/a.py::b | failed: a \\| b |" in page

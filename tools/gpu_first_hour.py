@@ -1,7 +1,7 @@
 """First measurements on a machine with a GPU, the most valuable first. Run it again until it prints that all is measured.
 
 It needs Python, torch and numpy, with the bundle of tools/make_gpu_bundle.sh (python3 -m tarfile -e gpu-bundle.tar.xz FOLDER),
-or the environment of this project. No network. Each call ends within `--limit-s` seconds.
+or the environment of this project. No network, but for a --lora from Hugging Face. Each call ends within `--limit-s` seconds.
 
     python3 tools/gpu_first_hour.py                  # all steps, or some of those that --help lists
     python3 -m tools.gpu_results out/first-hour      # a page, and the seconds for later plans
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,8 +45,11 @@ STEPS = {
     "tests": 4,
     "kernels": 2,
     "profile": 4,
+    "worker": 5,
+    "lora": 1,
     "others": 12,
-    "compile": 6,
+    "compile": 9,
+    "compile_tests": 6,
     "group": 12,
 }
 """Step -> minutes on an H100, in the order of their value. Not measured: estimated from 15 to 40 s per load of a model, one to
@@ -63,11 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for a copy of the results")
     parser.add_argument("--results", type=Path, default=ROOT / RESULTS, help=f"default: {RESULTS} of the project")
     parser.add_argument("--profile", default="auto", help="default: auto; tiny on a CPU")
-    parser.add_argument("--limit-s", type=float, default=510, help="longest call in seconds, e.g. 8000; default: 510")
+    parser.add_argument(
+        "--lora",
+        metavar="FILE_OR_REPOSITORY",
+        help="LoRA for the step lora; OWNER/NAME is downloaded from Hugging Face",
+    )
+    parser.add_argument("--limit-s", type=float, default=510, help="longest call in seconds, e.g. 9000; default: 510")
     args = parser.parse_args(argv)
     # Steps run in another working folder.
     results = args.results.resolve()
     files = {step: results / f"{number:02}-{step}.json" for number, step in enumerate(STEPS, 1)}
+    lora = None if args.lora is None else str(Path(args.lora).resolve()) if Path(args.lora).exists() else args.lora
+    if lora:
+        # Each LoRA has results of its own.
+        files["lora"] = files["lora"].with_stem(f"{files['lora'].stem}-{re.sub(r'[^A-Za-z0-9.]+', '-', args.lora)}")
     left = [step for step in STEPS if step in (args.steps or STEPS) and not Rows(files[step]).is_complete]
     minutes = sum(STEPS[step] for step in left)
     print(f"left: {' '.join(left)}, about {minutes} minutes on an H100 (an estimate, not measured)", file=sys.stderr)
@@ -75,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for step in left:
         while not Rows(files[step]).is_complete and not is_over:
             # A process that crashed is started again, for the other measurements of the step.
-            run_step(step, files[step], args.profile, until)
+            run_step(step, files[step], args.profile, lora, until)
             is_over = until - time.monotonic() < EXIT_S + MIN_CASE_S
             if args.out:
                 shutil.copytree(results, args.out, dirs_exist_ok=True)
@@ -83,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return TIME_IS_OVER if is_over else 0
 
 
-def run_step(step: str, file: Path, profile: str, until: float) -> None:
+def run_step(step: str, file: Path, profile: str, lora: str | None, until: float) -> None:
     """Run a step in a process of its own. How it ends is a row, unless it ends well."""
     command = [
         sys.executable,
@@ -95,10 +108,11 @@ def run_step(step: str, file: Path, profile: str, until: float) -> None:
         profile,
         "--until",
         str(until - EXIT_S),
+        *(["--lora", lora] if lora else []),
     ]
     environment = {
         **os.environ,
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "0" if step == "lora" and lora and not Path(lora).exists() else "1",
         "PYTHONPATH": os.pathsep.join(package_folders()),
         "VIDGEN_CACHE": os.environ.get("VIDGEN_CACHE", str(ROOT / "out" / "cache")),
         # Results of the compilers, for the next call.

@@ -78,6 +78,10 @@ def page(steps: Sequence[Row]) -> str:
         columns = list(trials[0]["trial"])
         cells = [(row["name"], *(row["trial"].get(name) for name in columns), row["rejected"] or "used") for row in trials]
         parts += ["## Trials", _table(("option", *columns, "outcome"), cells)]
+    if workers := [row for row in rows.values() if "worker" in row]:
+        columns = list(workers[0]["worker"])
+        table = _table(("worker", *columns), [(row["name"], *(row["worker"].get(name) for name in columns)) for row in workers])
+        parts += ["## Workers of Ray", table]
     if levels := [row for row in rows.values() if "levels" in row]:
         cells = [(row["name"], ", ".join(f"{name} {value:.3g}" for name, value in row["levels"].items())) for row in levels]
         parts += ["## Same bytes", _table(("stage", "mean difference from the first call, in levels of 255"), cells)]
@@ -87,7 +91,7 @@ def page(steps: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-TABLES = ("rates", "kinds", "networks", "kernels", "calls", "moves", "peaks", "outcomes")
+TABLES = ("rates", "kinds", "networks", "kernels", "calls", "moves", "peaks", "outcomes", "compiled")
 """Values of rows that are lists of objects with the same names."""
 COLUMNS = (
     "measured",
@@ -130,7 +134,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
