@@ -1,9 +1,9 @@
-"""Benchmark of lossy options: error by denoising step, loss by the passes that remain, by option and together, as curves.
+"""Benchmark of lossy options: error by denoising step, loss by remaining steps and passes, by option and together, as curves.
 
 What each option makes is compared with what the same stage makes without, by the measures of a trial (`planner/loss.py`).
 "together" is the chain: an image by FLUX with an option, and from it a clip by SVD with an option.
 
-    python -m benchmarks.loss_curves                                  # with the demo models, half an hour on a CPU
+    python -m benchmarks.loss_curves                                  # with the demo models, ten minutes on a CPU
     python -m benchmarks.loss_curves --picture docs/images/loss.svg
 """
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,10 @@ STEPS = {"svd": 25, "flux": 28}
 """Steps of the published weights. The demo profile has fewer."""
 SHARES = (0.2, 0.4, 0.6, 0.8)
 """Fractions of the steps that are guided."""
+THRESHOLDS = (0.05, 0.08, 0.12, 0.2, 0.3)
+"""Thresholds of First Block Cache."""
+FEWER_STEPS = (20, 16, 12, 10)
+"""Steps of FLUX that are compared with the cache."""
 TRACED = ((0.0, 0.2), (0.0, 0.6), (0.2, 0.8), (0.4, 1.0))
 """Intervals whose error is shown by step."""
 Options = Mapping[str, Any]
@@ -46,10 +51,10 @@ class Row(NamedTuple):
     """Loss of one case, over all shots."""
 
     kind: str
-    """`interval`, `option` or `together`."""
+    """`interval`, `step`, `cache`, `option` or `together`."""
     case: str
     passes: float
-    """Passes of SVD's network, relative to those without the option."""
+    """Passes of SVD's network, or computed steps of FLUX's, relative to those without the option."""
     psnr_db: float
     """Mean over the shots."""
     worst_db: float
@@ -58,6 +63,8 @@ class Row(NamedTuple):
     """Mean change, of the shots with a face in both results."""
     errors: Sequence[float] = ()
     """Error of the latents after each step, relative to the finished latents."""
+    seconds: float = 1.0
+    """Seconds of all shots, relative to those without the option. On this machine."""
 
 
 class Made(NamedTuple):
@@ -66,6 +73,10 @@ class Made(NamedTuple):
     clips: Sequence[Frames]
     latents: Sequence[NDArray[np.float32]]
     """Latents of the first shot after each step."""
+    seconds: float = 1.0
+    """Seconds of all shots, without loading."""
+    computed: float = 1.0
+    """Part of the steps of FLUX that First Block Cache has computed."""
 
 
 def with_steps(item: Item, name: str, steps: int) -> Item:
@@ -92,16 +103,47 @@ def recorded_latents(stage: Stage[Any]) -> Iterator[list[NDArray[np.float32]]]:
         del pipe.scheduler.step
 
 
+@contextmanager
+def counted_blocks(stage: Stage[Any]) -> Iterator[list[int]]:
+    """Yield the calls of the first two blocks of FLUX. Without another network they stay 1."""
+    calls = [1, 1]
+    if not hasattr(stage, "model"):
+        yield calls
+        return
+
+    def counting(number: int) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            calls[number] += 1
+
+        return count
+
+    # The hooks of the cache enclose the blocks, not their layers.
+    network = stage.model.text_to_image.transformer
+    blocks = (*network.transformer_blocks, *network.single_transformer_blocks)[:2]
+    hooks = [block.attn.register_forward_pre_hook(counting(number)) for number, block in enumerate(blocks)]
+    try:
+        calls[:] = 0, 0
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def made(profile: Profile, group: str, items: Sequence[Item], options: Options, steps: int) -> Made:
     """Run the stage of a group with these options for all items."""
     stage_class = GROUPS[group].stage
     params = profile.params(stage_class)
     given = [with_steps(item, stage_class.name, steps) for item in items]
     with stage_class(type(params).model_validate({**dict(params), **options})) as stage:
-        with recorded_latents(stage) as latents:
-            first = as_clip(stage(given[0])[stage.writes[0]])  # type: ignore[literal-required]  # the name of an artefact
-        others = [as_clip(stage(item)[stage.writes[0]]) for item in given[1:]]  # type: ignore[literal-required]
-    return Made([first, *others], latents)
+        # The first call is slower than all others.
+        stage(with_steps(items[0], stage_class.name, 1))
+        begun = time.perf_counter()
+        with counted_blocks(stage) as calls:
+            with recorded_latents(stage) as latents:
+                first = as_clip(stage(given[0])[stage.writes[0]])  # type: ignore[literal-required]  # the name of an artefact
+            others = [as_clip(stage(item)[stage.writes[0]]) for item in given[1:]]  # type: ignore[literal-required]
+        seconds = time.perf_counter() - begun
+    return Made([first, *others], latents, seconds, calls[1] / calls[0])
 
 
 def errors_by_step(reference: Made, tried: Made) -> list[float]:
@@ -123,7 +165,8 @@ class Comparison:
         psnr = [psnr_of(a, b) for a, b in pairs]
         ssim = float(np.mean([ssim_of(a, b) for a, b in pairs]))
         errors = errors_by_step(self.reference, tried)
-        row = Row(kind, case, passes, float(np.mean(psnr)), min(psnr), ssim, self.change_of_likeness(tried.clips), errors)
+        likeness, seconds = self.change_of_likeness(tried.clips), tried.seconds / self.reference.seconds
+        row = Row(kind, case, passes, float(np.mean(psnr)), min(psnr), ssim, likeness, errors, seconds)
         self.console.print(" | ".join(cells(row)), markup=False)
         return row
 
@@ -169,7 +212,19 @@ def interval_rows(profile: Profile, compared: Comparison, items: Sequence[Item])
         yield compared.row("step", f"guided from {interval[0]:g} to {interval[1]:g}", clips({"guidance_interval": interval}))
 
 
+def cache_rows(profile: Profile, compared: Comparison) -> Iterator[Row]:
+    """Yield the loss of FLUX with First Block Cache by threshold, and with fewer steps."""
+    for threshold in THRESHOLDS:
+        tried = made(profile, "flux", compared.items, {"first_block_cache": threshold}, STEPS["flux"])
+        yield compared.row("cache", f"{threshold:g}", tried, tried.computed)
+    for steps in FEWER_STEPS:
+        tried = made(profile, "flux", compared.items, {}, steps)
+        yield compared.row("cache", f"{steps} steps", tried, steps / STEPS["flux"])
+
+
+CACHE = "FLUX first_block_cache 0.08"
 FLUX_OPTIONS: Mapping[str, Options] = {
+    CACHE: {"first_block_cache": 0.08},
     "FLUX bfloat16": {"dtype": "bfloat16"},
     "FLUX fp8_storage": {"quantize": "fp8_storage"},
 }
@@ -201,7 +256,8 @@ def chain_rows(profile: Profile, images: Comparison, clips: Comparison) -> Itera
 
 def cells(row: Row) -> tuple[str, ...]:
     likeness = "" if row.likeness is None else f"{row.likeness:+.3f}"
-    return row.kind, row.case, f"{row.passes:.2f}", f"{row.psnr_db:.1f}", f"{row.worst_db:.1f}", f"{row.ssim:.3f}", likeness
+    loss = f"{row.psnr_db:.1f}", f"{row.worst_db:.1f}", f"{row.ssim:.3f}", likeness
+    return row.kind, row.case, f"{row.passes:.2f}", *loss, f"{row.seconds:.2f}"
 
 
 def measured(profile: Profile, console: Console) -> list[Row]:
@@ -215,6 +271,7 @@ def measured(profile: Profile, console: Console) -> list[Row]:
     clips = Comparison(profile, items, made(profile, "svd", items, {}, STEPS["svd"]), console)
     return [
         *interval_rows(profile, clips, items),
+        *cache_rows(profile, images),
         *option_rows(profile, "flux", FLUX_OPTIONS, images),
         *option_rows(profile, "svd", SVD_OPTIONS, clips),
         *chain_rows(profile, images, clips),
@@ -228,6 +285,7 @@ SHOWN = (
     "FLUX fp8_storage, then SVD guided to 0.6, bfloat16",
 )
 """Cases whose error is drawn by step."""
+SHARES_SHOWN = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
@@ -236,15 +294,30 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     for row in rows:
         if row.kind == "interval":
             by_passes.setdefault(row.case, []).append((row.passes, row.psnr_db))
+    of_flux = [row for row in reversed(rows) if row.kind == "cache"]
+    cached, fewer = ([row for row in of_flux if row.case.endswith("steps") is fewer] for fewer in (False, True))
+    by_computed = {
+        "first_block_cache, from 0.3 to 0.05": [(row.passes, row.psnr_db) for row in cached],
+        "the worst image": [(row.passes, row.worst_db) for row in cached],
+        "fewer steps": [(row.passes, row.psnr_db) for row in fewer],
+    }
     by_step = {row.case: list(enumerate(row.errors, 1)) for row in rows if row.kind == "step"}
     by_option = {row.case: list(enumerate(row.errors, 1)) for row in rows if row.case in SHOWN}
     of_latents = "error of the latents, relative to the finished ones"
     steps, errors = (0, 5, 10, 15, 20, 25), (0.001, 0.01, 0.1, 1)
     at_bottom = (0.04, 0.74)
+    decibels = (20, 30, 40, 50, 60)
     return [
         Chart(
-            "Clips by passes", "passes, relative", "PSNR in dB", by_passes, (20, 30, 40, 50, 60), PASSES, legend_at=(0.44, 0.74)
+            "FLUX by computed steps",
+            "computed steps, relative",
+            "PSNR in dB",
+            by_computed,
+            decibels,
+            SHARES_SHOWN,
+            legend_at=(0.3, 0.74),
         ),
+        Chart("Clips by passes", "passes, relative", "PSNR in dB", by_passes, decibels, PASSES, legend_at=(0.44, 0.74)),
         Chart("Intervals by step", "step", of_latents, by_step, errors, steps, is_log=True, legend_at=at_bottom),
         Chart("Options and together by step", "step", of_latents, by_option, errors, steps, is_log=True, legend_at=at_bottom),
     ]
@@ -253,7 +326,7 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
 PASSES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-COLUMNS = ("kind", "case", "passes", "PSNR dB", "worst", "SSIM", "likeness")
+COLUMNS = ("kind", "case", "passes", "PSNR dB", "worst", "SSIM", "likeness", "seconds")
 
 
 def main() -> None:

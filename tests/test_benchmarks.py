@@ -19,9 +19,10 @@ def test_curves_of_loss_are_drawn_from_the_errors_of_each_step():
     assert errors == [0.0, 0.5]
     assert errors_by_step(Made((), [first, last]), Made((), [last])) == []
     rows = [Row(kind, SHOWN[0], 0.8, 40, 39, 0.99, None, errors) for kind in ("interval", "step", "option")]
+    rows += [Row("cache", case, 0.5, 40, 39, 0.99, None) for case in ("0.1", "0.05", "16 steps")]
     drawing = ElementTree.fromstring(charts_svg(charts(rows)))
     lines = [element.get("points") for element in drawing.iter() if element.tag.endswith("polyline")]
-    assert [len(points.split()) for points in lines] == [1, 1, 1], "an error of 0 has no place on a logarithmic axis"
+    assert [len(points.split()) for points in lines] == [2, 2, 1, 1, 1, 1], "an error of 0 has no place on a logarithmic axis"
 
 
 @pytest.mark.slow
