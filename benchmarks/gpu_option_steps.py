@@ -30,10 +30,14 @@ from vidgen_ray.planner.speed_trials import Trial, invented_item, run_once, try_
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
+from vidgen_ray.stages.speed import missing_package
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.system.free_memory import free_gpu_memory
 from vidgen_ray.weights import resolve
+
+CACHED_STEPS = {"flux": 28, "lora": 28, "wan": 40}
+"""Steps with which a cache of steps is tried: it skips none of a few."""
 
 
 def options_step(run: Run) -> None:
@@ -45,6 +49,8 @@ def options_step(run: Run) -> None:
         profile = run.profile.with_options({actor: dict([*options.items()][:-1])})
         names = ("flux", "lora") if actor == "flux" else (actor,)
         own = {"flux": {**fields, **FACE}, "svd": fields, "wan": {**fields, **WAN, "steps": {"wan": 2}}}[actor]
+        if "first_block_cache" in options:
+            own = {**own, "steps": CACHED_STEPS if run.on_gpu else dict.fromkeys(CACHED_STEPS, 4)}
         shots = [(name, shot_for(profile, **own, **loras[-1])) for name in names]
         with torch._inductor.config.patch(emulate_precision_casts=exact):
             result = try_option(Trial(profile, actor, *[*options.items()][-1]), shots)
@@ -58,6 +64,8 @@ def options_step(run: Run) -> None:
         ("flux", {"quantize": "fp8"}),
         ("wan", {"quantize": "fp8"}),
         ("flux", {"quantize": "fp8_storage"}),
+        ("flux", {"compile": True, "first_block_cache": 0.08}),
+        *([("flux", {"attention_backend": "sage"})] if not missing_package("sage") else []),
         ("flux", {"attention_backend": "_native_cudnn"}),
     )
     with random_loras(run, (64, 16, 16)) as loras:

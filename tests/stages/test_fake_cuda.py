@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.conftest import ASTRONAUT
 from tests.stages import fake_cuda
@@ -100,6 +101,23 @@ def run(name, tiny, cuda, face, fields, moved=lambda stage: None, left_on_the_ho
 )
 def test_stage_stays_on_the_gpu(tiny, cuda, face, name, fields, changes):
     run(name, tiny, cuda, face, fields, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "changes"),
+    [("flux", {**FACE, "negative_prompt": "blurry"}, {}), ("wan", {}, {"weights": resolve("builtin:tiny/wan-ti2v")})],
+)
+def test_first_block_cache_stays_on_the_gpu(tiny, cuda, face, monkeypatch, name, fields, changes):
+    compared = []
+
+    def skip(difference):
+        compared.append(difference)
+        return 0.0
+
+    # The change of the first block, by which the cache decides.
+    monkeypatch.setattr(FakeTensor, "item", skip, raising=False)
+    run(name, tiny, cuda, face, {**fields, "steps": {name: 3}}, first_block_cache=0.1, **changes)
+    assert len(compared) == 2 * (3 - 1)
 
 
 def test_both_transformers_of_wan_stay_on_the_gpu(tiny, cuda, face):
