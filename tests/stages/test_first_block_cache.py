@@ -16,6 +16,8 @@ from vidgen_ray.planner.speed_trials import invented_item
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.wan import WanStage
 
 NEVER, ALWAYS = 1e-9, 1.0
@@ -28,6 +30,8 @@ CASES = {
     "lora": {},
     "lora guided": {**FACE, "negative_prompt": "blurred"},
     "wan": {"guidance": {"wan": 4}},
+    "ltx": {},
+    "qwen_edit": {"negative_prompt": "blurred"},
 }
 
 
@@ -138,8 +142,9 @@ def test_step_in_which_the_face_begins_or_ends_is_computed(tiny, make_shot, inte
     assert calls == [4, expected]
 
 
-def test_compiled_blocks_have_the_graphs_of_a_plain_stage(tiny, make_shot, counter):
-    stage_class, item = item_of(make_shot, "flux with a face", steps=2)
+@pytest.mark.parametrize("case", ["flux with a face", "wan", "ltx", "qwen_edit"])
+def test_compiled_blocks_have_the_graphs_of_a_plain_stage(tiny, make_shot, counter, case):
+    stage_class, item = item_of(make_shot, case, steps=2)
     graphs, images = {}, {}
     for threshold in (0, NEVER, ALWAYS):
         torch._dynamo.reset()
@@ -154,19 +159,21 @@ def test_compiled_blocks_have_the_graphs_of_a_plain_stage(tiny, make_shot, count
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("stage_class", [FluxStage, WanStage])
+@pytest.mark.parametrize("stage_class", [FluxStage, WanStage, LTXStage, QwenEditStage])
 def test_threshold_is_part_of_keys_if_it_is_not_zero(tiny, stage_class):
     params = tiny.params(stage_class)
     assert "first_block_cache" not in params.for_key()
     assert params.model_copy(update={"first_block_cache": 0.1}).for_key()["first_block_cache"] == 0.1
 
 
-@pytest.mark.parametrize(("stage_class", "share"), [(FluxStage, 0.64), (WanStage, 0.5)])
+@pytest.mark.parametrize(("stage_class", "share"), [(FluxStage, 0.64), (WanStage, 0.5), (LTXStage, 0.53)])
 def test_plan_counts_computed_steps(stage_class, share):
     profile = load_profile("gpu-24gb")
 
     def seconds(steps, **options):
-        demand = demand_of([Shot(prompt="a", video_model="wan", steps={stage_class.name: steps})])
+        demand = demand_of(
+            [Shot(prompt="a", video_model="ltx" if stage_class is LTXStage else "wan", steps={stage_class.name: steps})]
+        )
         return demand_seconds(profile.with_options({stage_class.actor: options}), stage_class, demand, {}, None)
 
     assert share < seconds(50, first_block_cache=0.08) / seconds(50) < share + 0.1

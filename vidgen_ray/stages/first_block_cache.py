@@ -8,7 +8,7 @@ within the blocks, once, and the ControlNet runs in computed steps only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import cycle
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +17,8 @@ from pydantic import Field
 
 from vidgen_ray.nets.diffusers_private import first_block_states
 from vidgen_ray.nets.torch_private import call_replaced
-from vidgen_ray.stages.base import IN_KEY_IF_CHANGED, StageParams
-from vidgen_ray.stages.speed import BLOCKS, compile_without_hooks
+from vidgen_ray.stages.base import IN_KEY_IF_CHANGED
+from vidgen_ray.stages.speed import BLOCKS, CompileParams, compile_without_hooks
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ MIN_CACHED_STEPS = 12
 """Denoising steps below which the plan counts no gain: the changes from step to step are too large. *Assumed.*"""
 
 
-class FirstBlockCacheParams(StageParams):
+class FirstBlockCacheParams(CompileParams):
     """Parameters of a stage with a transformer that can skip blocks in steps that change little."""
 
     first_block_cache: Annotated[float, IN_KEY_IF_CHANGED] = Field(default=0, ge=0, le=1)
@@ -46,19 +46,19 @@ class FirstBlockCacheParams(StageParams):
 class FirstBlockCache:
     """First Block Cache of one transformer. Without effect outside of `steps`."""
 
-    def __init__(self, network: Any, threshold: float, *, is_compiled: bool) -> None:
-        """Add the hooks to a transformer of FLUX or Wan. `is_compiled`: its blocks are, each on its own."""
+    def __init__(self, network: Any, params: FirstBlockCacheParams) -> None:
+        """Add the hooks to one of diffusers' transformers, to which all other options were applied."""
         from diffusers.hooks import FirstBlockCacheConfig
 
         self.network = network
         self._residuals_of: ResidualsOf | None = None
         blocks = [block for name in BLOCKS for block in getattr(network, name, ())]
-        if is_compiled:
+        if params.compile:
             # The hooks choose in each step what runs, so they stay outside of what is compiled.
             compile_without_hooks(blocks)
         if all(hasattr(network, name) for name in RESIDUALS):
             self._add_residuals_within(blocks)
-        network.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        network.enable_cache(FirstBlockCacheConfig(threshold=params.first_block_cache))
         self._states = first_block_states(blocks[0])
 
     @contextmanager
@@ -122,6 +122,24 @@ class FirstBlockCache:
         if self._residuals_of is None or not (residuals := self._residuals_of().get(RESIDUALS[kind])):
             return None
         return residuals[number // ceil(len(getattr(self.network, kind)) / len(residuals))]
+
+
+class FirstBlockCaches:
+    """First Block Caches of all transformers of a pipeline. None if the option is off."""
+
+    def __init__(self, pipe: Any, params: FirstBlockCacheParams) -> None:
+        """Add the hooks to the transformers of a loaded pipeline. Apply all other options before."""
+        networks = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+        is_used = params.first_block_cache > 0
+        self._caches = [FirstBlockCache(network, params) for network in networks if network is not None and is_used]
+
+    @contextmanager
+    def steps(self, *, guided: bool) -> Iterator[None]:
+        """Cache the steps of one call of the pipeline in this block, see `FirstBlockCache.steps`."""
+        with ExitStack() as stack:
+            for cache in self._caches:
+                stack.enter_context(cache.steps(guided=guided))
+            yield
 
 
 def cached_bytes(params: FirstBlockCacheParams, tokens: int, channels: int) -> int:

@@ -29,7 +29,7 @@ from vidgen_ray.stages.loading import (
 from vidgen_ray.stages.lora import FEW_STEP_LORA, LoraAdapters, merge_lora
 from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.schedules import SCHEDULES, ScheduleParams
-from vidgen_ray.stages.speed import CompileParams, compute_in_fp8, speed_up, store_in_fp8
+from vidgen_ray.stages.speed import compute_in_fp8, speed_up, store_in_fp8
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
@@ -45,7 +45,7 @@ SCHNELL_STEPS = SCHEDULES["flux.1-schnell"].steps
 """Default steps of FLUX.1-schnell."""
 
 
-class FluxParams(CompileParams, TiledParams, FirstBlockCacheParams, ScheduleParams):
+class FluxParams(FirstBlockCacheParams, TiledParams, ScheduleParams):
     schedule_actor: ClassVar[str] = "flux"
 
     text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
@@ -143,8 +143,7 @@ class FluxModel:
             pin_networks([networks[T5], transformer])
         speed_up(transformer, params)
         divide(transformer)
-        threshold = params.first_block_cache
-        self.cache = FirstBlockCache(transformer, threshold, is_compiled=params.compile) if threshold else None
+        self.cache = FirstBlockCache(transformer, params) if params.first_block_cache else None
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
 
     @property

@@ -10,6 +10,7 @@ from pydantic import Field
 from vidgen_ray.nets.diffusers_private import unpacked_ltx_latents
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
+from vidgen_ray.stages.first_block_cache import cached_bytes, computed_share
 from vidgen_ray.stages.loading import diffusers_classes, load_pipeline
 from vidgen_ray.stages.memory_table import (
     Phase,
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 _DEFAULT_GUIDANCE = 3.0
 _TEXT_ENCODER, _TRANSFORMER, _VAE = "ltx/text_encoder", "ltx/transformer", "ltx/vae"
+_COMPUTED_SHARES = {0.03: 0.81, 0.05: 0.65, 0.1: 0.45, 0.2: 0.31}
+"""Threshold of `first_block_cache` -> seconds relative to those without. From diffusers #11180."""
+_CHANNELS, _PIXELS_PER_TOKEN = 2048, 32 * 32
+"""Channels of a token in the transformer, and its pixels of a latent frame."""
 _TILE_PX = 512
 """Side of diffusers' tiles of the autoencoder."""
 
@@ -59,6 +64,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     reads: ClassVar[tuple[str, ...]] = (*CLIP_PROMPT_FIELDS, "video_lora", "steps.ltx", "guidance.ltx")
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
+    passes_in_one_call: ClassVar[bool] = True
 
     @property
     def size_multiple_px(self) -> int:
@@ -77,7 +83,9 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         coding = network_work("ltx/encode", pixels) + network_work("ltx/decode", pixels, shot.num_frames)
         copies = offload_work((_TEXT_ENCODER, _VAE, _TRANSFORMER, _VAE), params.dtype, cpu_offload=params.cpu_offload)
         fixed = network_work("ltx/text").times(prompts) + coding + copies
-        return ShotWork(step.times(cls.steps_of(shot)), fixed).times(cls.passes(shot))
+        steps = cls.steps_of(shot)
+        computed = steps * computed_share(params, steps, _COMPUTED_SHARES)
+        return ShotWork(step.times(computed), fixed).times(cls.passes(shot))
 
     @classmethod
     def memory(cls, params: LTXParams, shot: Shot) -> StageMemory | None:
@@ -92,10 +100,11 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         worked_on = min(pixels, _TILE_PX**2) if params.vae_tiling else pixels
         # The curve of decoding includes the clip of the pixels that it works on, in float32. The other tiles come on top.
         tiles = 3 * shot.num_frames * pixels * 3 * 4 if params.vae_tiling else 0
+        cached = cls.prompts_of(shot) * cached_bytes(params, pixels // _PIXELS_PER_TOKEN * latent_frames, _CHANNELS)
         phases = (
             Phase(_TEXT_ENCODER, activation_bytes("ltx/text", 0, dtype)),
             Phase(_VAE, activation_bytes("ltx/encode", worked_on, dtype)),
-            Phase(_TRANSFORMER, activation_bytes("ltx/step", pixels * latent_frames, dtype)),
+            Phase(_TRANSFORMER, activation_bytes("ltx/step", pixels * latent_frames, dtype) + cached),
             Phase(_VAE, activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=clip_host_bytes(shot))

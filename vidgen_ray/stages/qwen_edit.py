@@ -14,6 +14,7 @@ from vidgen_ray.stages.base import (
     noise_generator,
     pixels_to_uint8,
 )
+from vidgen_ray.stages.first_block_cache import FirstBlockCacheParams, FirstBlockCaches, cached_bytes
 from vidgen_ray.stages.loading import (
     ImageParams,
     ImageStage,
@@ -40,6 +41,8 @@ from vidgen_ray.stages.speed import Fp8Params
 
 _DEFAULT_STEPS = SCHEDULES["qwen-image-edit"].steps
 _DEFAULT_GUIDANCE = SCHEDULES["qwen-image-edit"].guidance
+_CHANNELS, _PIXELS_PER_TOKEN, _TEXT_TOKENS = 3072, 16 * 16, 1024
+"""Channels of a token in the transformer, its pixels, and the tokens of the longest prompt."""
 SEEN_PIXELS = 1024 * 1024
 """Pixels that the pipeline scales each image to."""
 MAX_PHOTOS = 2
@@ -51,7 +54,7 @@ NO_NEGATIVE = " "
 """Negative prompt of the reference. Without one, the pipeline uses no guidance."""
 
 
-class QwenEditParams(ImageParams, Fp8Params, ScheduleParams):
+class QwenEditParams(ImageParams, FirstBlockCacheParams, Fp8Params, ScheduleParams):
     """Parameters of Qwen-Image-Edit."""
 
     schedule_actor: ClassVar[str] = "qwen_edit"
@@ -95,7 +98,7 @@ class QwenEditStage(ImageStage[QwenEditParams]):
 
     @classmethod
     def work(cls, params: QwenEditParams, shot: Shot) -> ShotWork:
-        prompts = 2 if shot.guidance.qwen_edit is None or shot.guidance.qwen_edit > 1 else 1
+        prompts = 2 if _is_guided(shot) else 1
         # The pipeline scales the image and the photos to 1024x1024 pixels each. All are tokens of one sequence.
         seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
         pixels = shot.width * shot.height
@@ -113,10 +116,12 @@ class QwenEditStage(ImageStage[QwenEditParams]):
         transformer = stored(_TRANSFORMER, params.quantize)
         weights = {network: weight_bytes(network, dtype) for network in (_TEXT_ENCODER, transformer, _VAE)}
         encode, decode = autoencoder_peaks("qwen_edit", params, pixels, SEEN_PIXELS)
+        tokens = (pixels + seen * SEEN_PIXELS) // _PIXELS_PER_TOKEN + _TEXT_TOKENS
+        cached = (2 if _is_guided(shot) else 1) * cached_bytes(params, tokens, _CHANNELS)
         phases = (
             Phase(_TEXT_ENCODER, activation_bytes("qwen_edit/text", 0, dtype)),
             Phase(_VAE, encode),
-            Phase(transformer, activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
+            Phase(transformer, activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype) + cached),
             Phase(_VAE, decode),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, results=pixels * 3 * RESULT_COPIES)
@@ -126,6 +131,7 @@ class QwenEditStage(ImageStage[QwenEditParams]):
 
         self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
         speed_up_transformers(self.pipe, self.params)
+        self.caches = FirstBlockCaches(self.pipe, self.params)
 
     def run(self, item: Item) -> Artefacts:
         from PIL import Image as PILImage
@@ -134,19 +140,29 @@ class QwenEditStage(ImageStage[QwenEditParams]):
         height, width = image.shape[:2]
         photos = item.photos[:MAX_PHOTOS] if self.uses_identity(shot) else ()
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
-        (restyled,) = self.pipe(
-            image=[PILImage.fromarray(each) for each in (image, *photos)],
-            prompt=instruction(shot.prompt, shot.style_prompt),
-            negative_prompt=shot.negative_prompt or NO_NEGATIVE,
-            true_cfg_scale=_DEFAULT_GUIDANCE if shot.guidance.qwen_edit is None else shot.guidance.qwen_edit,
-            height=height,
-            width=width,
-            num_inference_steps=shot.steps.qwen_edit or _DEFAULT_STEPS,
-            generator=noise_generator(self.generator_seed(shot)),
-            output_type="pt",
-            **diffusers_step_callback(self.name),
-        ).images
+        with self.caches.steps(guided=_is_guided(shot)):
+            (restyled,) = self.pipe(
+                image=[PILImage.fromarray(each) for each in (image, *photos)],
+                prompt=instruction(shot.prompt, shot.style_prompt),
+                negative_prompt=shot.negative_prompt or NO_NEGATIVE,
+                true_cfg_scale=_guidance(shot),
+                height=height,
+                width=width,
+                num_inference_steps=shot.steps.qwen_edit or _DEFAULT_STEPS,
+                generator=noise_generator(self.generator_seed(shot)),
+                output_type="pt",
+                **diffusers_step_callback(self.name),
+            ).images
         return {"image": pixels_to_uint8(restyled)}
+
+
+def _guidance(shot: Shot) -> float:
+    return _DEFAULT_GUIDANCE if shot.guidance.qwen_edit is None else shot.guidance.qwen_edit
+
+
+def _is_guided(shot: Shot) -> bool:
+    """Return whether each step has a second pass, for the negative prompt."""
+    return _guidance(shot) > 1
 
 
 def instruction(prompt: str, style_prompt: str | None) -> str:

@@ -29,6 +29,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.context_parallel import begin_call
+from vidgen_ray.stages.first_block_cache import FirstBlockCacheParams, FirstBlockCaches
 from vidgen_ray.stages.loading import OffloadedParams, OffloadedStage, speed_up_transformers
 from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.memory_table import RESULT_COPIES
@@ -112,7 +113,7 @@ class VideoStage(Stage[P]):
         return {"frames": np.concatenate(parts)}
 
 
-class PromptedVideoParams(OffloadedParams, ScheduleParams):
+class PromptedVideoParams(OffloadedParams, FirstBlockCacheParams, ScheduleParams):
     text_tokens: int = Field(default=512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(default=4, ge=1)
@@ -137,6 +138,8 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
 
     default_steps: ClassVar[int]
+    passes_in_one_call: ClassVar[bool] = False
+    """The passes of a guided step are one batch."""
 
     @classmethod
     def texts(cls, params: VP, shot: Shot) -> Iterator[ReadText]:
@@ -161,6 +164,7 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
     def load(self) -> None:
         self.pipe = self.load_pipe()
         speed_up_transformers(self.pipe, self.params)
+        self.caches = FirstBlockCaches(self.pipe, self.params)
         self.adapters = LoraAdapters(
             self.pipe,
             self.params.adapters_kept,
@@ -210,7 +214,8 @@ class PromptedVideoStage(OffloadedStage[VP], VideoStage[VP]):
         self.pipe.vae.use_tiling = self.params.vae_tiling
         negative = {"negative_prompt": self.params.negative_prompt_of(shot) or ""} if self.guidance(shot) > 1 else {}
         begin_call(guided=self.guidance(shot) > 1)
-        with self.adapters.active(shot.video_lora):
+        separate = self.guidance(shot) > 1 and not self.passes_in_one_call
+        with self.adapters.active(shot.video_lora), self.caches.steps(guided=separate):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(
                 image=PILImage.fromarray(image),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -11,9 +10,9 @@ from pydantic import Field, model_validator
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Frames, Item, StageParams
+from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.context_parallel import ATTENTION_BACKENDS, divide, divide_columns
-from vidgen_ray.stages.first_block_cache import FirstBlockCache, FirstBlockCacheParams, cached_bytes, computed_share
+from vidgen_ray.stages.first_block_cache import cached_bytes, computed_share
 from vidgen_ray.stages.loading import diffusers_classes, load_pipeline
 from vidgen_ray.stages.lora import FEW_STEP_LORA, merge_lora
 from vidgen_ray.stages.memory_table import (
@@ -50,7 +49,7 @@ TILE_PX, TILE_STEP_PX = 256, 192
 """Side of diffusers' tiles of the autoencoder, and the distance between them."""
 
 
-class WanParams(PromptedVideoParams, FirstBlockCacheParams, Fp8Params):
+class WanParams(PromptedVideoParams, Fp8Params):
     schedule_actor: ClassVar[str] = "wan"
 
     flow_shift: float | None = Field(default=None, gt=0)
@@ -176,18 +175,6 @@ class WanStage(PromptedVideoStage[WanParams]):
         for part in (pipe.vae.encoder, pipe.vae.decoder):
             divide_columns(part)
         return pipe
-
-    def load(self) -> None:
-        super().load()
-        threshold = self.params.first_block_cache
-        transformers = filter(None, (self.pipe.transformer, self.pipe.transformer_2)) if threshold else ()
-        self.caches = [FirstBlockCache(each, threshold, is_compiled=self.params.compile) for each in transformers]
-
-    def generate(self, item: Item) -> Frames:
-        with ExitStack() as stack:
-            for cache in self.caches:
-                stack.enter_context(cache.steps(guided=self.guidance(item.shot) > 1))
-            return super().generate(item)
 
     @classmethod
     def weight_files(cls, params: WanParams, shot: Shot) -> tuple[Path, ...]:
