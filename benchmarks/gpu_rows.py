@@ -118,13 +118,18 @@ class Rows:
         self._write()
 
     def add_exit(self, step: str, problem: str) -> None:
-        """Add how the process of a step ended: to the row that it was measuring, else as a row of its own."""
+        """Add how the process of a step ended: to the row that it was measuring, else as a row of its own.
+
+        A step whose process ends twice without a new row in between is complete.
+        """
         unfinished = [row for row in self._rows.values() if row["problem"] == UNFINISHED]
-        for row in unfinished or [{"name": step + EXIT, "crashes": self._crashes(step + EXIT)}]:
-            crashes = row["crashes"] + 1
-            self._rows[row["name"]] = {**row, "problem": f"{UNFINISHED}: {problem}", "crashes": crashes}
-        if not unfinished and crashes >= CRASHES:
-            self._header["complete"] = True
+        if not unfinished:
+            name = step + EXIT
+            rows, earlier = len(self._rows.keys() - {name}), self._rows.get(name, {})
+            unfinished = [{"name": name, "crashes": self._crashes(name) if earlier.get("rows") == rows else 0, "rows": rows}]
+            self._header["complete"] = unfinished[0]["crashes"] + 1 >= CRASHES
+        for row in unfinished:
+            self._rows[row["name"]] = {**row, "problem": f"{UNFINISHED}: {problem}", "crashes": row["crashes"] + 1}
         self._write()
 
     def complete(self) -> None:

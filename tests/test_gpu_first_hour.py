@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import gpu_memory_steps, gpu_state, gpu_steps
 from benchmarks.gpu_encoding import NVENC, NVENC_OPTIONS, encoding_rates
-from benchmarks.gpu_rows import CASE_S, CRASHES, CUT_OFFS, TIME_IS_OVER, UNFINISHED, AlarmRang, Rows, TimeIsOver, alarm
+from benchmarks.gpu_rows import CASE_S, CRASHES, CUT_OFFS, TIME_IS_OVER, TIMEOUT, UNFINISHED, AlarmRang, Rows, TimeIsOver, alarm
 from tools import gpu_first_hour, gpu_results
 from vidgen_ray.engine.trials import TIMEOUT_S
 from vidgen_ray.planner.cluster import GB
@@ -236,6 +236,18 @@ def test_case_that_crashes_twice_is_not_repeated(tmp_path):
     Rows(file).measure({"a": case(measured, "a")})
     assert len(measured) == CRASHES
     assert Rows(file).problems == {"a": f"{UNFINISHED}: exit code -9: Killed"}
+
+
+def test_step_that_is_killed_at_the_end_of_calls_continues_while_it_adds_rows(tmp_path):
+    """As the tests do, of which each call runs some."""
+    file = tmp_path / "rows.json"
+    for name in ("a", "b", "c"):
+        Rows(file).add(name, None)
+        Rows(file).add_exit("tests", TIMEOUT)
+        assert not Rows(file).is_complete
+    Rows(file).add_exit("tests", TIMEOUT)
+    assert Rows(file).is_complete
+    assert Rows(file).problems == {**dict.fromkeys("abc"), "tests: exit": f"{UNFINISHED}: {TIMEOUT}"}
 
 
 def test_case_is_not_begun_or_is_cut_off_at_the_end_of_the_time(tmp_path, monkeypatch):

@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Each LoRA has results of its own.
         files["lora"] = files["lora"].with_stem(f"{files['lora'].stem}-{re.sub(r'[^A-Za-z0-9.]+', '-', args.lora)}")
     left = [step for step in STEPS if step in (args.steps or STEPS) and not Rows(files[step]).is_complete]
-    minutes = sum(STEPS[step] for step in left)
-    print(f"left: {' '.join(left)}, about {minutes} minutes on an H100 (an estimate, not measured)", file=sys.stderr)
+    if left:
+        minutes = sum(STEPS[step] for step in left)
+        print(f"left: {' '.join(left)}, about {minutes} minutes on an H100 (an estimate, not measured)", file=sys.stderr)
     until, is_over = time.monotonic() + args.limit_s, False
     for step in left:
         while not Rows(files[step]).is_complete and not is_over:
