@@ -44,7 +44,7 @@ class FirstBlockCacheParams(CompileParams):
 
 
 class FirstBlockCache:
-    """First Block Cache of one transformer. Without effect outside of `steps`."""
+    """First Block Cache of one transformer, which runs within `steps` only."""
 
     def __init__(self, network: Any, params: FirstBlockCacheParams) -> None:
         """Add the hooks to one of diffusers' transformers, to which all other options were applied."""
