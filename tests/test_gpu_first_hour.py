@@ -239,7 +239,7 @@ def test_case_that_crashes_twice_is_not_repeated(tmp_path):
 
 
 def test_step_that_is_killed_at_the_end_of_calls_continues_while_it_adds_rows(tmp_path):
-    """As the tests do, of which each call runs some."""
+    """Each call runs some of the tests."""
     file = tmp_path / "rows.json"
     for name in ("a", "b", "c"):
         Rows(file).add(name, None)

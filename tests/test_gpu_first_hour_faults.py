@@ -172,7 +172,7 @@ def check(hour, faults):
         fault, first, rows = faults.get(step), hour.first[step], Rows(file)
         assert rows.is_complete
         problems = rows.problems
-        # How a process ended that had no measurement to blame stays as a reason.
+        # The reason why a process ended outside of its measurements stays.
         problems.pop(step + gpu_rows.EXIT, None)
         reason = problems.pop(first)
         assert (reason or "").endswith(FAULTS.get(fault) or ""), (step, fault, reason)
