@@ -152,7 +152,7 @@ def test_unusable_loras_are_rejected_and_unloaded(flux, lora, make_shot, tmp_pat
     adapters = flux.model.text_to_image.get_list_adapters()
     unet, block = "unet.down_blocks.0.attn1.to_q", "transformer.transformer_blocks.0.attn.to_q"
     for kind, tensors, message in (
-        ("another model", {f"{unet}.lora_A.weight": (4, 32), f"{unet}.lora_B.weight": (32, 4)}, "has no effect"),
+        ("another model", {f"{unet}.lora_A.weight": (4, 32), f"{unet}.lora_B.weight": (32, 4)}, "trained for another model"),
         ("no lora", {"foo.weight": (2,)}, "cannot be loaded"),
         ("wrong shape", {f"{block}.lora_A.weight": (4, 99), f"{block}.lora_B.weight": (32, 4)}, "cannot be loaded"),
         ("untrained", {f"{block}.lora_A.weight": (4, 32), f"{block}.lora_B.weight": (32, 4)}, "has no effect"),

@@ -166,7 +166,7 @@ class LoraAdapters:
             without_place = _rename_tensors(file, is_flux1=isinstance(pipe, FluxLoraLoaderMixin))
             factors = pipe.lora_state_dict(str(file.parent), **source)
             for part in transformers:
-                _check_shapes(getattr(pipe, part), factors)
+                _check_layers(getattr(pipe, part), factors)
             if (tensor := not_finite(factors)) is not None:
                 raise ValueError(f"{tensor} has NaN or infinite values")
             # Stages run in inference mode, in which torchao's weights cannot be detached.
@@ -273,8 +273,16 @@ def _rename_tensors(file: Path, *, is_flux1: bool) -> list[str]:
     return sorted({layer_of(name) for name, new in new_names.items() if new is None})
 
 
-def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
-    """Raise ValueError if LoRA factors do not match their layer. diffusers would resize the layer, for all shots."""
+def _check_layers(transformer: Any, factors: Mapping[str, Any]) -> None:
+    """Raise ValueError if the transformer has none of a LoRA's layers, or if factors do not match their layer.
+
+    diffusers would resize the layer, for all shots.
+    """
+    unknown = _unknown_layers([transformer], factors)
+    if unknown and len(unknown) == len(_layers_of(factors)):
+        raise ValueError(
+            f"they have none of its {len(unknown)} layers, the first is {unknown[0][:80]}; it was trained for another model"
+        )
     layers = dict(transformer.named_modules())
     for key, factor in factors.items():
         name, dot, rest = key.removeprefix("transformer.").rpartition(".lora_")
@@ -293,8 +301,12 @@ def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
 def _unknown_layers(transformers: Sequence[Any], factors: Mapping[str, Any]) -> list[str]:
     """Return the layers of a LoRA, in diffusers' names such as `transformer.proj_out`, that no transformer has."""
     known = {f"transformer.{name}" for transformer in transformers for name, _ in transformer.named_modules()}
-    layers = {key.rpartition(".lora_")[0] for key in factors if key.startswith("transformer.") and ".lora_" in key}
-    return sorted(layers - known)
+    return sorted(_layers_of(factors) - known)
+
+
+def _layers_of(factors: Mapping[str, Any]) -> set[str]:
+    """Return the layers of a LoRA's transformer, in diffusers' names."""
+    return {key.rpartition(".lora_")[0] for key in factors if key.startswith("transformer.") and ".lora_" in key}
 
 
 def _has_effect(module: Any, adapter: str) -> bool:

@@ -297,7 +297,7 @@ class ScheduleParams(StageParams):
         schedule = self.stated
         if schedule and schedule.has_fixed_steps:
             self._check_distilled(shot, stage, schedule)
-        elif getattr(shot.steps, stage) == 1:
+        elif getattr(shot.steps, stage, None) == 1:  # stages of SDXL have no steps per line
             config = schedule.config if schedule else _stored_config(self.weights) or {}
             if config.get("shift_terminal"):
                 # The first timestep would also be the last one, and is 0 / 0.
