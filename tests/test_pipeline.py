@@ -162,7 +162,7 @@ def raising(error):
     return on_progress
 
 
-def test_what_on_progress_raises_reaches_the_caller(pipeline, tmp_path):
+def test_error_in_on_progress_reaches_the_caller(pipeline, tmp_path):
     # The last one looks like a GPU that is full, after which a stage would try again.
     for error in (Stopped("stop"), KeyboardInterrupt(), RuntimeError("CUDA out of memory")):
         with pytest.raises(type(error)) as caught:

@@ -53,7 +53,7 @@ class Handle:
 class Loop(asyncio.AbstractEventLoop):
     """Event loop of one simulated process. Several share a clock.
 
-    As in asyncio, an exception of a callback is reported to `on_exception`, and the loop goes on.
+    As in asyncio, an exception of a callback is reported to `on_exception`, and the loop continues.
     """
 
     get_debug = staticmethod(bool)

@@ -100,7 +100,7 @@ def test_every_command_with_json_is_read():
 
 
 def test_closed_reader_is_no_failure_with_a_traceback(names):
-    """As in `vidgen COMMAND | head -0`."""
+    """Run a command as in `vidgen COMMAND | head -0`."""
     read, write = os.pipe()
     os.close(read)
     running = {

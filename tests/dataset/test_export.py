@@ -260,7 +260,7 @@ def export_and_update(form, six_clips, tmp_path):
     report = export_to(dest, out, **settings)
     assert report.up_to_date
     assert content_of(dest) == before
-    # Somebody has deleted a file of the data set. Shards get another name.
+    # A file of the data set was deleted. Shards get another name.
     if form != "lance":
         deleted = next(
             path for path in sorted(dest.glob("train*/**/*") if form in FOLDERS else dest.glob("train-*")) if path.is_file()

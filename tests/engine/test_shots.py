@@ -157,7 +157,7 @@ def test_write_that_times_out_during_a_pause_is_not_the_fault_of_its_encoder(mon
     assert asyncio.run(causes()) == [True, False]
 
 
-def test_a_pause_begins_again_with_a_file_that_was_written_in_it(monkeypatch):
+def test_pause_begins_again_with_a_file_that_was_written_in_it(monkeypatch):
     """A write may succeed that began before the pause."""
     probes = []
 
@@ -220,7 +220,7 @@ def test_bug_in_the_engine_ends_all_shots_with_its_message(monkeypatch, logged, 
 
 
 def test_failed_storage_check_is_answered_in_every_case(monkeypatch):
-    """The probe raises, as a database does, and so does whoever hears of the pause."""
+    """The probe raises, as a database does, and so does the listener of pauses."""
 
     async def cause(max_wait_s):
         pause = StoragePause(Mock(side_effect=[ValueError("not a database"), None]), max_wait_s, Mock(side_effect=OSError))

@@ -106,7 +106,7 @@ def stepped(monkeypatch):
 
 @pytest.fixture
 def logged():
-    """What batches log."""
+    """Messages that batches log."""
     handler = logging.StreamHandler(io.StringIO())
     batch_runner.log.addHandler(handler)
     yield handler.stream

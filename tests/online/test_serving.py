@@ -136,7 +136,7 @@ def test_metrics_are_documented_have_few_labels_and_do_not_name_the_tenants(monk
         assert f"{name}_total`" in text if spec.kind == "counter" else f"`{name}`" in text
 
 
-def test_who_logs_a_warning_does_not_fail_because_of_it(capsys):
+def test_caller_that_logs_a_warning_does_not_fail(capsys):
     kept, logger = RecentWarnings(), logging.Logger("a")
     logger.addHandler(kept)
     logger.error("job %s failed", 1, exc_info=False)

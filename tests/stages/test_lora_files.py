@@ -1,4 +1,4 @@
-"""LoRAs in the names of the programs that train them: the same factors, whatever their names, or a refusal with the reason."""
+"""LoRAs in the names of the programs that train them: the same factors under each name, or a refusal with the reason."""
 
 import re
 

@@ -351,6 +351,6 @@ def recording(encode_prompt, given):
     return record
 
 
-def test_a_schedule_changes_the_content_key_and_its_absence_does_not():
+def test_schedule_changes_the_content_key_and_its_absence_does_not():
     assert "schedule" not in wan_profile().params(WanStage).for_key()
     assert wan_profile(schedule="wan2.2-lightning").params(WanStage).for_key()["schedule"] == "wan2.2-lightning"

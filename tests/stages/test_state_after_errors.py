@@ -205,7 +205,7 @@ def test_every_stage_is_tried():
 
 
 @POINTS
-def test_an_error_leaves_the_stage_as_it_was(subject, points):
+def test_error_leaves_the_stage_as_it_was(subject, points):
     problems = []
     subject.render()
     tensors = count_tensors()
@@ -225,7 +225,7 @@ def test_an_error_leaves_the_stage_as_it_was(subject, points):
 
 @POINTS
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "lasting"])
-def test_a_shot_that_runs_out_of_memory_is_made_by_the_second_attempt(subject, lasts, points):
+def test_shot_that_runs_out_of_memory_is_made_by_the_second_attempt(subject, lasts, points):
     for at in points_of(subject.operations, min(points, 100)):
         result, recovered = subject.render_with_fallback(Failing(out_of_memory(), at, lasts=lasts))
         assert (recovered, np.array_equal(result, subject.expected)) == (MEMORY_FREED, True), at
@@ -238,7 +238,7 @@ def adapters_of(stage):
 
 @POINTS
 @pytest.mark.parametrize("name", ["lora", "klein", "wan"])
-def test_a_lora_whose_loading_fails_is_not_loaded_in_part(gpu, tiny, make_shot, name, points):
+def test_lora_whose_loading_fails_is_not_loaded_in_part(gpu, tiny, make_shot, name, points):
     subject = Subject(tiny, make_shot, CASES[name])
     stage = subject.stage
     adapters = stage.model.adapters if hasattr(stage, "model") else stage.adapters

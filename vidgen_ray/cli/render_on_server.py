@@ -87,7 +87,7 @@ def check_options(ctx: typer.Context) -> None:
 
 @dataclass(frozen=True)
 class ServerRun:
-    """What a run on a server is asked for."""
+    """Options of a run on a server."""
 
     url: str
     script: ScriptSettings

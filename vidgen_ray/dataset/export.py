@@ -209,7 +209,7 @@ class _Export:
         self._db.execute("CREATE TABLE before AS SELECT id, signature FROM done")
 
     def _forget_lost_files(self) -> None:
-        """Remove rows whose file somebody has deleted, so that it is written again. Prints how many files are gone."""
+        """Remove rows whose file was deleted, so that it is written again. Prints how many files are gone."""
         if self._settings.format == "lance":
             return
         files = [file for (file,) in self._db.execute("SELECT DISTINCT file FROM done ORDER BY file").fetchall()]

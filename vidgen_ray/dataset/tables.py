@@ -69,7 +69,7 @@ LEFT JOIN scores s ON s.{DIGEST} = {DIGEST_OF_ROW}
 LEFT JOIN reviews r ON r.{DIGEST} = {DIGEST_OF_ROW}
 """
 SAME_PROMPT = rf"regexp_replace({LINE_PROMPT}, '\{{[^{{}}|]+\}}', '{{}}', 'g')"
-"""SQL of a text that clips of one prompt share, whoever they show: characters that the prompt names are `{{}}`."""
+"""SQL of a text that clips of one prompt share, also with other characters: those that the prompt names are `{{}}`."""
 HAS_NO_LINE_PROMPT = f"""metadata->>'{LINE_PROMPT}' IS NULL AND metadata->>'$.{MATRIX}.prompt' IS NULL
     AND coalesce(metadata->>'character', metadata->>'{STYLE}', metadata->>'{CHOSEN}') IS NOT NULL"""
 """SQL: the clip was rendered before prompts of lines were recorded, and its own may differ from that of the line."""

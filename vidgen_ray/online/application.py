@@ -70,7 +70,7 @@ def without_frames() -> Iterator[None]:
 
 
 def build_with(args: Any, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
-    """As `build`, with these classes for the stages."""
+    """Return the application of `build` with these classes for the stages."""
     try:
         settings = OnlineSettings.model_validate(args)
     except ValidationError as error:

@@ -224,7 +224,7 @@ class JobService:
         """Cancel the open ones of these jobs. Raises ApiError 409 if one is in progress, which ends later."""
         running = []
         for job in jobs:
-            # `None` for one that was deleted, whose running stage goes on for a moment.
+            # `None` for one that was deleted, whose running stage continues for a moment.
             left = job if job.state.is_final else await self.cancel(tenant, job.id) or job
             if left.state == JobState.IN_PROGRESS:
                 running.append(job.id)

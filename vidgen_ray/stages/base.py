@@ -240,7 +240,7 @@ class StageParams(StrictModel):
         return {}
 
     def check_shot(self, shot: Shot, stage: str) -> None:
-        """Raise StageError for a shot whose settings of this stage these parameters do not allow, whatever its size."""
+        """Raise StageError for a shot whose settings of this stage these parameters do not allow at any size."""
 
     def notes(self) -> Iterator[str]:
         """Yield notes for the user about the parameters and the files of the weights."""

@@ -57,7 +57,7 @@ class Schedule:
     guidance: float
     """Default guidance scale of the stage with this schedule. 0 if the network has none, 1 or less: one pass per step."""
     source: str
-    """Where the authors state it."""
+    """File of the authors that states it."""
     own_class: str = ""
     """Subclass of it in `nets/published_schedulers.py`, with the authors' noise levels."""
     authors: str = ""

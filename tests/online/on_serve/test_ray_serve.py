@@ -141,7 +141,7 @@ def test_new_config_and_replicas_drop_no_request(cluster, pipe):
             while len(answers) < before + 8:
                 time.sleep(POLL_S)
     assert set(answers) == {200}, answers
-    # It holds no replica, and the job goes on in the new workers.
+    # It holds no replica, and the job continues in the new workers.
     status, events = stream.result()
     assert (status, b"video.completed" in events) == (200, False), events
     with pipes_open(pipe):

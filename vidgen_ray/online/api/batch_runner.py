@@ -36,7 +36,7 @@ from vidgen_ray.online.uploads import json_object
 
 _POLL_S = 0.5
 _ROUND_S = 0.5
-"""Most seconds for which a round waits for its steps. A longer one goes on beside the next rounds."""
+"""Most seconds for which a round waits for its steps. A longer one continues beside the next rounds."""
 LOST_S = 5.0
 """Seconds without a look after another replica has read the same lines, while nothing is left of a budget, and after an error
 of the database."""
@@ -69,7 +69,7 @@ log = logging.getLogger("ray.serve")
 
 
 async def run_batches(server: ServerContext) -> None:
-    """Run all batches until cancelled, whatever fails. Several processes may do so: each line is stored by one of them."""
+    """Run all batches until cancelled, also after an error. Several processes may do so: each line is stored by one."""
     runner = BatchRunner(server)
     try:
         while True:
@@ -143,7 +143,7 @@ class BatchRunner:
         return [batch for tenant, batch in chosen.items() if tenant not in busy]
 
     async def _step(self, batch: Batch, max_queued: int) -> None:
-        """Do the next step of a batch. Whatever fails delays only this batch."""
+        """Do the next step of a batch. An error delays only this batch."""
         run = self._runs[batch.id]
         try:
             pause_s = await self._advance(batch, run, max_queued)
