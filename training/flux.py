@@ -91,12 +91,12 @@ def pipeline(vae: AutoencoderKL) -> FluxPipeline:
 class Reader:
     """Encodes prompts as FluxPipeline does, but with gradients. Caches the tokens."""
 
-    def __init__(self, pipe: FluxPipeline) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: FluxPipeline, text_tokens: int = TEXT_TOKENS) -> None:
+        self.pipe, self.text_tokens = pipe, text_tokens
         self._ids: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Return the states (B, TEXT_TOKENS, T5_CHANNELS) and the pooled state (B, CLIP_CHANNELS)."""
+        """Return the states (B, text_tokens, T5_CHANNELS) and the pooled state (B, CLIP_CHANNELS)."""
         ids = [self._tokens(prompt) for prompt in prompts]
         states = self.pipe.text_encoder_2(torch.stack([t5 for t5, _ in ids])).last_hidden_state
         # CLIP's pooled state is the state of the end token, which does not attend to padding.
@@ -113,7 +113,7 @@ class Reader:
         if prompt not in self._ids:
             if len(self._ids) > 200_000:
                 self._ids.clear()
-            t5 = self.pipe.tokenizer_2(prompt, padding="max_length", max_length=TEXT_TOKENS, truncation=True).input_ids
+            t5 = self.pipe.tokenizer_2(prompt, padding="max_length", max_length=self.text_tokens, truncation=True).input_ids
             clip = self.pipe.tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
             self._ids[prompt] = torch.tensor(t5), torch.tensor(clip)
         return self._ids[prompt]

@@ -1,4 +1,4 @@
-"""Small tokenizers and text encoders for the vocabulary of the drawn world, of the types that FLUX and HunyuanDiT use.
+"""Small tokenizers and text encoders for the vocabulary of the rendered world, of the types that FLUX and HunyuanDiT use.
 
 Other words are split into letters, so tokenizers never fail.
 """
@@ -24,9 +24,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from training.captions import styled_caption
-from training.cast import CAST
-from training.world import STYLES, some_scene
+from training.rendered.captions import styled_caption
+from training.rendered.cast import CAST
+from training.rendered.world import STYLES, some_scene
 
 WORD_START = "\u2581"
 CAPTIONS = 6000
@@ -37,7 +37,7 @@ CLIP_MERGES = 1200
 @cache
 def corpus() -> tuple[str, ...]:
     random = Random(0)
-    told = [styled_caption(some_scene(random), random.choice(STYLES), random) for _ in range(CAPTIONS)]
+    told = [styled_caption(some_scene(random, pairs=0.1), random.choice(STYLES), random) for _ in range(CAPTIONS)]
     return (*told, *(f"{name}, {name} in a red shirt" for name in CAST))
 
 

@@ -95,7 +95,7 @@ def difference(made: Tensor, wanted: Tensor) -> Tensor:
 
 def main() -> int:
     told = arguments(__doc__, steps=9000, rate=2e-3, seed=1, data="out/rendered/data")
-    vae = AutoencoderKL.from_pretrained(told.init) if told.init else autoencoder()
+    vae = AutoencoderKL.from_pretrained(told.init, torch_dtype=torch.float32) if told.init else autoencoder()
     vae = vae.to(memory_format=torch.channels_last)
     if told.init:
         vae.register_to_config(scaling_factor=1.0)
