@@ -1,4 +1,4 @@
-"""Training loop of all models: AdamW, warm-up and cosine schedule, averaged weights, log file, resume."""
+"""Training loop of all models: AdamW or Muon, warm-up and cosine schedule, averaged weights, log file, resume."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from training.muon import Muon, matrices
 
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 25
@@ -28,16 +30,19 @@ class Schedule:
 
     steps: int
     rate: float
-    """Maximum learning rate, after the warm-up."""
+    """Maximum learning rate of AdamW, after the warm-up."""
+    muon_rate: float | None = None
+    """Maximum learning rate of linear and convolutional layers with Muon. None: AdamW trains them too."""
     warm_up: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
 
-    def rate_at(self, step: int) -> float:
+    def share_at(self, step: int) -> float:
+        """Return the learning rate of a step relative to the maximum."""
         if step < self.warm_up:
-            return self.rate * (step + 1) / self.warm_up
+            return (step + 1) / self.warm_up
         done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
-        return self.rate * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def train(
@@ -63,7 +68,7 @@ def train(
         for key, value in module.named_parameters()
         if value.requires_grad
     }
-    optimiser = torch.optim.AdamW(parameters.values(), schedule.rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
+    optimisers = _optimisers(modules.values(), list(parameters.values()), schedule)
     averaged = {key: value.detach().clone() for key, value in parameters.items()}
     state, first, spent_s = out / "state.pt", 0, 0.0
     if state.exists():
@@ -71,7 +76,8 @@ def train(
         for key, value in parameters.items():
             value.data.copy_(saved["weights"][key])
         averaged, first, spent_s = saved["averaged"], saved["step"], saved["seconds"]
-        optimiser.load_state_dict(saved["optimiser"])
+        for optimiser, before in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(before)
 
     def swap() -> None:
         for key, value in parameters.items():
@@ -81,7 +87,13 @@ def train(
         fresh = state.with_suffix(".new")
         weights = {key: value.detach() for key, value in parameters.items()}
         torch.save(
-            {"weights": weights, "averaged": averaged, "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds()},
+            {
+                "weights": weights,
+                "averaged": averaged,
+                "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+                "step": step,
+                "seconds": seconds(),
+            },
             fresh,
         )
         os.replace(fresh, state)
@@ -99,13 +111,16 @@ def train(
             file=log,
         )
         for step in range(first, schedule.steps):
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate_at(step)
+            share = schedule.share_at(step)
+            for optimiser in optimisers:
+                optimiser.param_groups[0]["lr"] = share * optimiser.defaults["lr"]
             loss = loss_at(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
-            optimiser.zero_grad()
+            for value in parameters.values():
+                value.grad = None
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
             with torch.no_grad():
                 kept = min(AVERAGED_OVER, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in parameters.values()], 1 - kept)
@@ -115,7 +130,7 @@ def train(
                     "step": step + 1,
                     "cpu_s": round(seconds(), 1),
                     "loss": round(running, 5),
-                    "rate": round(schedule.rate_at(step), 6),
+                    "rate": round(share * schedule.rate, 6),
                 }
                 print(json.dumps(told), file=log, flush=True)
             if time.monotonic() - saved_at > SAVE_EVERY_S:
@@ -127,6 +142,14 @@ def train(
                 swap()
         save(schedule.steps)
     swap()
+
+
+def _optimisers(modules: Iterable[nn.Module], trained: list[nn.Parameter], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    layers = matrices(modules) if schedule.muon_rate else []
+    known = {id(weight) for weight in layers}
+    others = [value for value in trained if id(value) not in known]
+    adamw = torch.optim.AdamW(others, schedule.rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
+    return [adamw, Muon(layers, schedule.muon_rate)] if schedule.muon_rate else [adamw]
 
 
 def arguments(about: str | None, *, steps: int, seed: int, rate: float | None = None, **folders: str) -> argparse.Namespace:

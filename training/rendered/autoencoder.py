@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from training.channels_last import channels_last
 from training.dataset import to_tensor, to_uint8
 from training.loop import Schedule, arguments, train
 from training.rendered.dataset import SIZE_PX, drawn, scenes
@@ -33,6 +34,7 @@ WHOLE, WHOLE_SHARE = 4, 0.25
 STYLED = 0.3
 """Share of images in a style other than flat."""
 HELD_OUT = 64
+MUON_RATE = 0.02
 KL = 3e-4
 """Weight of the KL term (mean over latents), relative to errors of colours from -1 to 1."""
 
@@ -94,9 +96,9 @@ def difference(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def main() -> int:
-    told = arguments(__doc__, steps=9000, rate=2e-3, seed=1, data="out/rendered/data")
+    told = arguments(__doc__, steps=3000, rate=1e-3, seed=1, data="out/rendered/data")
     vae = AutoencoderKL.from_pretrained(told.init, torch_dtype=torch.float32) if told.init else autoencoder()
-    vae = vae.to(memory_format=torch.channels_last)
+    channels_last(vae)
     if told.init:
         vae.register_to_config(scaling_factor=1.0)
     world = scenes()
@@ -122,14 +124,31 @@ def main() -> int:
         ]
         Image.fromarray(np.concatenate(rows)).save(told.out / "rebuilt.png")
 
-    schedule = Schedule(told.steps, told.rate, weight_decay=0.0)
+    schedule = Schedule(told.steps, told.rate, weight_decay=0.0, muon_rate=MUON_RATE)
     train({"vae": vae}, loss, schedule, told.out, told.seed, look=look, look_every=500)
-    with torch.no_grad():
-        z = torch.cat([vae.encode(to_tensor(pictures[n : n + 8])).latent_dist.mean for n in range(0, 256, 8)])
-    vae.register_to_config(shift_factor=round(z.mean().item(), 5), scaling_factor=round(1 / z.std().item(), 5))
+    normalise(vae, to_tensor(pictures[:256]))
     vae.save_pretrained(told.out / "vae")
     look(told.steps)
     return 0
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, some: Tensor) -> None:
+    """Normalise each latent channel in the adjacent convolutions, so that one scaling factor fits all and the shift is 0."""
+
+    def means() -> Tensor:
+        return torch.cat([vae.encode(part).latent_dist.mean for part in some.split(8)])
+
+    before = means()
+    shift, spread = before.mean(dim=(0, 2, 3)), before.std(dim=(0, 2, 3))
+    out, into = vae.encoder.conv_out, vae.decoder.conv_in
+    out.weight[:LATENT_CHANNELS] /= spread[:, None, None, None]
+    out.bias[:LATENT_CHANNELS] = (out.bias[:LATENT_CHANNELS] - shift) / spread
+    out.bias[LATENT_CHANNELS:] -= 2 * spread.log()
+    # Exact apart from the border, where the convolution pads with 0, now the mean of a channel.
+    into.bias += (into.weight.sum(dim=(2, 3)) * shift).sum(dim=1)
+    into.weight *= spread[None, :, None, None]
+    vae.register_to_config(shift_factor=0.0, scaling_factor=round(1 / means().std().item(), 5))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from training.channels_last import channels_last
 from training.flux import CLIP_CHANNELS, T5_CHANNELS, Reader, noised, velocity
 from training.latents import cached_latents, covered, pack
 from training.loop import Schedule, arguments, train
@@ -31,6 +32,7 @@ from training.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
 TEXT_TOKENS = 48
 BATCH = 24
+MUON_RATE = 0.01
 UNPROMPTED = 0.1
 """Share of samples without a prompt."""
 TRAITLESS = 0.15
@@ -120,6 +122,7 @@ def main() -> int:
     told = arguments(__doc__, steps=9000, rate=1.2e-3, seed=2, vae="out/rendered/vae/vae", data="out/rendered/data")
     vae = AutoencoderKL.from_pretrained(told.vae, torch_dtype=torch.float32)
     begun: dict[str, Any] = {"vae": vae, "torch_dtype": torch.float32}
+    channels_last(vae)
     pipe = FluxPipeline.from_pretrained(told.init, **begun) if told.init else pipeline(vae)
     read = Reader(pipe, TEXT_TOKENS)
     world = scenes()
@@ -150,7 +153,8 @@ def main() -> int:
         for net in nets.values():
             net.train()
 
-    train(nets, loss, Schedule(told.steps, told.rate, warm_up=150), told.out, told.seed, look=look, look_every=500)
+    schedule = Schedule(told.steps, told.rate, warm_up=150, muon_rate=MUON_RATE)
+    train(nets, loss, schedule, told.out, told.seed, look=look, look_every=500)
     look(told.steps)
     return 0
 

@@ -50,6 +50,8 @@ FRAMINGS = {"close-up": (0.40, 0.52), "half body": (0.26, 0.34), "wide": (0.17, 
 FRAMING_SHARES = (0.68, 0.24, 0.08)
 SECONDS = 1.5
 """Length of a clip in seconds, for what moves by itself: waves, leaves, hair."""
+BLINK = 0.28
+"""Time of the blink, as a share of the clip: eyes are open in its first, middle and last frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +248,10 @@ def moved(scene: Scene, time: float, speed: float) -> tuple[Scene, float]:
 
 
 def _moved_person(person: Person, time: float, speed: float) -> Person:
-    """Turn the head and look further in its direction; blink in the middle of the clip."""
+    """Turn the head and look further in its direction; blink in the second quarter of the clip."""
     way = time * speed
     towards = -1 if person.looks > 0.3 else 1
-    eyelids = max(0.0, 1 - abs(time - 0.5) / 0.14) if speed > 0 else 0.0
+    eyelids = max(0.0, 1 - abs(time - BLINK) / 0.13) if speed > 0 else 0.0
     return replace(
         person,
         looks=max(-1.0, min(1.0, person.looks + 0.55 * towards * way)),
