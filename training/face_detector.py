@@ -262,7 +262,7 @@ def main() -> int:
         gather(20)
         network.eval()
         for strength in (0.0, 1.0):
-            print(f"step {step}, spoilt by {strength:.0f}: {_told(network, unseen, strength)}", flush=True)
+            print(f"step {step}, spoilt by {strength:.0f}: {found_in(network, unseen, strength)}", flush=True)
         network.train()
 
     train(
@@ -275,7 +275,7 @@ def main() -> int:
 
 
 @torch.no_grad()
-def _told(network: Detector, unseen: tuple[list[Sample], list[Sample]], strength: float) -> str:
+def found_in(network: Detector, unseen: tuple[list[Sample], list[Sample]], strength: float) -> str:
     """Return recall, point error and false positive rate of the anchor with the highest score in each image, as text."""
     random = np.random.default_rng(3)
     scores: tuple[list[float], list[float]] = ([], [])

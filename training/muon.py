@@ -15,7 +15,7 @@ def matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Return the trained weights of linear and convolutional layers. Embeddings, biases and norms are left to AdamW."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     found = (layer.weight for module in modules for layer in module.modules() if isinstance(layer, layers))
-    return list({id(weight): weight for weight in found if weight.requires_grad}.values())
+    return list({id(weight): weight for weight in found if isinstance(weight, nn.Parameter) and weight.requires_grad}.values())
 
 
 class Muon(torch.optim.Muon):
