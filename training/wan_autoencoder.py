@@ -34,21 +34,21 @@ UNSEEN = 8
 """Tracks at the end that are not trained on."""
 
 
-def autoencoder(channels: int) -> AutoencoderKLWan:
-    """Return an untrained autoencoder for packed latents with `channels` per frame."""
+def autoencoder(channels: int, patch_px: int = 2, width: int = 16, decoder_width: int = 24) -> AutoencoderKLWan:
+    """Return an untrained autoencoder for packed latents with `channels` per frame, of 4 x `patch_px` pixels each."""
     vae = AutoencoderKLWan(
-        base_dim=16,
-        decoder_base_dim=24,
+        base_dim=width,
+        decoder_base_dim=decoder_width,
         z_dim=PACKED * channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
         temperal_downsample=[False, True],
         is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
+        in_channels=3 * patch_px**2,
+        out_channels=3 * patch_px**2,
+        patch_size=patch_px,
         scale_factor_temporal=PACKED,
-        scale_factor_spatial=8,
+        scale_factor_spatial=4 * patch_px,
         latents_mean=[0.0] * PACKED * channels,
         latents_std=[1.0] * PACKED * channels,
     )
