@@ -42,6 +42,7 @@ TRAITS_TOLD = 0.2
 """Share of samples whose prompt describes the person."""
 SIDE_TOLD = 0.3
 """Share of samples whose prompt mentions the side. In the rest only the keypoints show it."""
+MUON_RATE = 0.01
 POSELESS = 0.15
 """Share of samples without keypoints, as in shots with `pose: none`."""
 
@@ -75,7 +76,7 @@ def main() -> int:
         seed=5,
         flux="out/rendered/flux/pipeline",
         data="out/rendered/data",
-        faces="out/rendered/face_recogniser",
+        faces="out/rendered/recogniser",
     )
     flux = FluxPipeline.from_pretrained(told.flux, torch_dtype=torch.float32)
     for part in (flux.transformer, flux.text_encoder, flux.text_encoder_2, flux.vae):
@@ -141,7 +142,7 @@ def main() -> int:
         net.save_pretrained(told.out / "weights" / NET_FOLDER)
         torch.save({PROJECTION: resampler.state_dict()}, told.out / "weights" / PROJECTION_FILE)
 
-    schedule = Schedule(told.steps, told.rate, warm_up=60)
+    schedule = Schedule(told.steps, told.rate, warm_up=60, muon_rate=MUON_RATE)
     train({"net": net, "resampler": resampler}, loss, schedule, told.out, told.seed, look=look, look_every=500)
     look(told.steps)
     return 0
