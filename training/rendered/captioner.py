@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from training.channels_last import channels_last
 from training.dataset import to_tensor
 from training.degrading import degraded
+from training.latents import LATENTS, covered
 from training.loop import Schedule, arguments, train
 from training.rendered.dataset import drawn, scenes
-from training.rendered.drawing import styled
+from training.rendered.drawing import eyes_box, styled
 from training.rendered.world import EYES, STYLES, Person, Scene
 from vidgen_ray.dataset.demo_captioner import LABELS as FLAT_LABELS
 
@@ -35,6 +36,7 @@ COLOURS_LOST = {"sketch": ("colour", "hair", "skin", "eyes"), "night": ("colour"
 """Style -> labels that it hides."""
 EYES_FROM = 0.26
 """Smallest radius of a head whose eyes have enough pixels for their colour."""
+EYES_NUMBER = list(LABELS).index("eyes")
 UNSEEN = -100
 """Index of a label that an image does not have, such as the hair of a boat. `cross_entropy` ignores it."""
 
@@ -57,13 +59,17 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(before + 2, len(values)) for name, values in LABELS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.attended(images)[0]
+
+    def attended(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits, and the shares of the cells in each label (B, labels, cells), which sum to 1."""
         seen = self.body(images)
         count, _, height, width = seen.shape
         y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         seen = torch.cat([seen, torch.stack([x, y]).to(seen).expand(count, -1, -1, -1)], dim=1)
         share = self.where(seen).flatten(2).float().softmax(dim=2)
         pooled = torch.einsum("blc,bdc->bld", share.to(seen.dtype), seen.flatten(2))
-        return {name: self.heads[name](pooled[:, n]) for n, name in enumerate(LABELS)}
+        return {name: self.heads[name](pooled[:, n]) for n, name in enumerate(LABELS)}, share
 
 
 def small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -95,10 +101,19 @@ def _traits(person: Person) -> dict[str, str]:
     return seen if who.hair_style == "bald" and not who.beard else seen | {"hair": who.hair}
 
 
+def eye_cells(scene: Scene) -> NDArray[np.bool_]:
+    """Return the cells of an image (16, 16) that show eyes."""
+    shown = np.zeros((LATENTS, LATENTS), bool)
+    for person in scene.people:
+        shown |= covered(eyes_box(person))
+    return shown
+
+
 def main() -> int:
     told = arguments(__doc__, steps=2000, seed=9, data="out/rendered/data")
     world = scenes()
     pictures = drawn(world, told.data / "scenes.npy")
+    eyes = [torch.from_numpy(eye_cells(scene).flatten()) for scene in world]
     net = Classifier()
     channels_last(net)
 
@@ -117,11 +132,15 @@ def main() -> int:
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         which = torch.randint(HELD_OUT, len(world), (BATCH,), generator=generator).tolist()
+        at_eyes = torch.stack([eyes[n] for n in which])
         # Start with clean images, which are easier to learn from.
         some, labels = batch(which, generator, min(1.0, 0.2 + 1.6 * step / told.steps))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(some)
-        return torch.stack([F.cross_entropy(logits[name].float(), labels[name]) for name in LABELS]).sum()
+            logits, shares = net.attended(some)
+        # Without this, the eyes, which are small, are not found.
+        found = (shares[:, EYES_NUMBER] * at_eyes).sum(dim=1).clamp(min=1e-6)
+        looks = -(found.log() * (labels["eyes"] != UNSEEN)).mean()
+        return torch.stack([F.cross_entropy(logits[name].float(), labels[name]) for name in LABELS]).sum() + looks
 
     @torch.no_grad()
     def look(step: int) -> None:

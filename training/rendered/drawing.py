@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from training.rendered import people
 from training.rendered.backdrops import HORIZON, draw_ground, draw_sky
 from training.rendered.canvas import Canvas
-from training.rendered.people import draw_person
+from training.rendered.people import EYE_X, EYE_Y, draw_person
 from training.rendered.things import draw_thing
 from training.rendered.world import Person, Scene, Thing
 
@@ -60,6 +60,12 @@ def head_box(person: Person) -> Box:
     """Return the box of a head with its hair, in scene units."""
     r = person.radius
     return person.x - 1.25 * r, person.y - 1.6 * r, person.x + 1.25 * r, person.y + 1.2 * r
+
+
+def eyes_box(person: Person) -> Box:
+    """Return the box of both eyes, in scene units."""
+    half, r, y = EYE_X + 0.2, person.radius, person.y + EYE_Y * person.radius
+    return person.x - half * r, y - 0.15 * r, person.x + half * r, y + 0.15 * r
 
 
 def detail_boxes(scene: Scene) -> list[Box]:

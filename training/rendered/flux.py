@@ -25,9 +25,8 @@ from training.latents import cached_latents, covered, pack
 from training.loop import Schedule, arguments, train
 from training.rendered.captions import caption
 from training.rendered.dataset import SIZE_PX, drawn, scenes
-from training.rendered.drawing import Box, detail_boxes, subject_box
-from training.rendered.people import EYE_X, EYE_Y
-from training.rendered.world import Person, Scene
+from training.rendered.drawing import detail_boxes, eyes_box, subject_box
+from training.rendered.world import Scene
 from training.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 
 TEXT_TOKENS = 48
@@ -89,13 +88,8 @@ def cell_weights(scene: Scene) -> NDArray[np.float32]:
     for box in detail_boxes(scene):
         weights += DETAILS * covered(box)
     for person in scene.people:
-        weights += EYES * covered(_eyes_box(person))
+        weights += EYES * covered(eyes_box(person))
     return weights
-
-
-def _eyes_box(person: Person) -> Box:
-    half, r, y = EYE_X + 0.2, person.radius, person.y + EYE_Y * person.radius
-    return person.x - half * r, y - 0.15 * r, person.x + half * r, y + 0.15 * r
 
 
 def look_at(pipe: FluxPipeline, file: Path) -> None:
