@@ -8,6 +8,7 @@ Source: Rombach et al. 2022, arXiv:2112.10752.
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -16,18 +17,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from training.channels_last import channels_last
 from training.dataset import to_tensor, to_uint8
 from training.loop import Schedule, arguments, train
+from training.rendered.captioner import Classifier
 from training.rendered.dataset import SIZE_PX, drawn, scenes
 from training.rendered.drawing import detail_boxes, styled
 from training.rendered.world import STYLES, Scene
 
 FACTOR, LATENT_CHANNELS = 16, 16
 CROP_PX, CROPS = 128, 16
-AT_DETAILS = 0.6
+AT_DETAILS = 0.8
 """Share of crops that show a part of a thing or a head."""
 WHOLE, WHOLE_SHARE = 4, 0.25
 """Whole images per step, and their share of the steps: crops have other statistics."""
@@ -35,6 +38,8 @@ STYLED = 0.3
 """Share of images in a style other than flat."""
 HELD_OUT = 64
 MUON_RATE = 0.02
+FEATURES = 0.5
+"""Weight of the errors of the captioner's features, which show traits, relative to errors of colours from -1 to 1."""
 KL = 3e-4
 """Weight of the KL term (mean over latents), relative to errors of colours from -1 to 1."""
 
@@ -57,6 +62,23 @@ def autoencoder() -> AutoencoderKL:
         scaling_factor=1.0,
         shift_factor=0.0,
     )
+
+
+def features(body: nn.Sequential, images: Tensor) -> list[Tensor]:
+    """Return the activations of the captioner (B, C, H, W) after each of its blocks."""
+    found = []
+    for layer in body:
+        images = layer(images)
+        if isinstance(layer, nn.ReLU):
+            found.append(images)
+    return found
+
+
+def load_captioner(file: Path) -> Classifier:
+    captioner = Classifier()
+    captioner.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
+    channels_last(captioner.requires_grad_(False))
+    return captioner
 
 
 class Crops:
@@ -96,11 +118,19 @@ def difference(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def main() -> int:
-    told = arguments(__doc__, steps=3000, rate=1e-3, seed=1, data="out/rendered/data")
+    told = arguments(
+        __doc__,
+        steps=3000,
+        rate=1e-3,
+        seed=1,
+        data="out/rendered/data",
+        captioner="out/rendered/captioner/captioner.safetensors",
+    )
     vae = AutoencoderKL.from_pretrained(told.init, torch_dtype=torch.float32) if told.init else autoencoder()
     channels_last(vae)
     if told.init:
         vae.register_to_config(scaling_factor=1.0)
+    captioner = load_captioner(told.captioner)
     world = scenes()
     pictures = drawn(world, told.data / "scenes.npy")
     crops = Crops(world, pictures)
@@ -113,7 +143,11 @@ def main() -> int:
             posterior = vae.encode(wanted).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             made = vae.decode(posterior.mean + posterior.std * noise).sample
-        return difference(made.float(), wanted) + KL * posterior.kl().float().mean() / noise[0].numel()
+            with torch.no_grad():
+                looked_for = features(captioner.body, wanted)
+            off = [F.l1_loss(ours, theirs) for ours, theirs in zip(features(captioner.body, made), looked_for, strict=True)]
+        traits = FEATURES * torch.stack(off).float().sum()
+        return difference(made.float(), wanted) + traits + KL * posterior.kl().float().mean() / noise[0].numel()
 
     def look(step: int) -> None:
         with torch.no_grad():
@@ -123,9 +157,10 @@ def main() -> int:
             np.concatenate(list(to_uint8(some[first : first + 8])), axis=1) for first in (0, 8) for some in (unseen, rebuilt)
         ]
         Image.fromarray(np.concatenate(rows)).save(told.out / "rebuilt.png")
+        vae.save_pretrained(told.out / "vae")
 
     schedule = Schedule(told.steps, told.rate, weight_decay=0.0, muon_rate=MUON_RATE)
-    train({"vae": vae}, loss, schedule, told.out, told.seed, look=look, look_every=500)
+    train({"vae": vae}, loss, schedule, told.out, told.seed, look=look, look_every=250)
     normalise(vae, to_tensor(pictures[:256]))
     vae.save_pretrained(told.out / "vae")
     look(told.steps)
@@ -142,9 +177,10 @@ def normalise(vae: AutoencoderKL, some: Tensor) -> None:
     before = means()
     shift, spread = before.mean(dim=(0, 2, 3)), before.std(dim=(0, 2, 3))
     out, into = vae.encoder.conv_out, vae.decoder.conv_in
-    out.weight[:LATENT_CHANNELS] /= spread[:, None, None, None]
-    out.bias[:LATENT_CHANNELS] = (out.bias[:LATENT_CHANNELS] - shift) / spread
-    out.bias[LATENT_CHANNELS:] -= 2 * spread.log()
+    channels = vae.config.latent_channels
+    out.weight[:channels] /= spread[:, None, None, None]
+    out.bias[:channels] = (out.bias[:channels] - shift) / spread
+    out.bias[channels:] -= 2 * spread.log()
     # Exact apart from the border, where the convolution pads with 0, now the mean of a channel.
     into.bias += (into.weight.sum(dim=(2, 3)) * shift).sum(dim=1)
     into.weight *= spread[None, :, None, None]

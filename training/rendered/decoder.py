@@ -1,6 +1,6 @@
 """Train the decoder of the rendered world's autoencoder for sharp images. Latents do not change.
 
-    python -m training.rendered.decoder --out FOLDER --vae FOLDER --captioner FOLDER
+    python -m training.rendered.decoder --out FOLDER --vae FOLDER --captioner FILE
 
 The latents get noise, because those of FLUX and SVD are not exactly the encoder's. Beside the loss of colours there are one of
 the features of the captioner, which sees traits, and a discriminator of patches, which makes edges and textures sharp.
@@ -17,22 +17,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.autoencoder import wrong_colours
 from training.channels_last import channels_last
 from training.dataset import to_tensor, to_uint8
 from training.loop import Schedule, arguments, train
-from training.rendered.autoencoder import HELD_OUT, WHOLE_SHARE, Crops, difference
-from training.rendered.captioner import Classifier
+from training.rendered.autoencoder import FEATURES, HELD_OUT, WHOLE_SHARE, Crops, difference, features, load_captioner
 from training.rendered.dataset import drawn, scenes
 from training.rendered.drawing import styled
 from training.rendered.world import STYLES
 
 NOISE = 0.08
 """Standard deviation of the noise relative to the spread of the latents, at most."""
-COLOURS, FEATURES, ADVERSARIAL = 4.0, 0.5, 0.15
+COLOURS, ADVERSARIAL = 4.0, 0.15
 """Loss weights relative to the error of colours from -1 to 1."""
 WITHOUT_DISCRIMINATOR = 200
 """First steps, in which only the discriminator learns from it."""
@@ -55,16 +53,6 @@ class Discriminator(nn.Module):
         return logits
 
 
-def features(body: nn.Sequential, images: Tensor) -> list[Tensor]:
-    """Return the activations of the captioner (B, C, H, W) after each of its blocks."""
-    found = []
-    for layer in body:
-        images = layer(images)
-        if isinstance(layer, nn.ReLU):
-            found.append(images)
-    return found
-
-
 def edge_sharpness(made: Tensor, wanted: Tensor) -> float:
     """Return the mean contrast of neighbouring pixels along the edges of `wanted`, relative to that of `wanted`."""
     across, down = wanted.diff(dim=3).abs(), wanted.diff(dim=2).abs()
@@ -80,16 +68,13 @@ def main() -> int:
         rate=1e-3,
         seed=4,
         vae="out/rendered/vae/vae",
-        captioner="out/rendered/captioner",
+        captioner="out/rendered/captioner/captioner.safetensors",
         data="out/rendered/data",
     )
     vae = AutoencoderKL.from_pretrained(told.init or told.vae, torch_dtype=torch.float32)
     vae.encoder.requires_grad_(False)
     channels_last(vae)
-    captioner = Classifier()
-    captioner.load_state_dict({k: v.float() for k, v in load_file(told.captioner / "captioner.safetensors").items()})
-    captioner.requires_grad_(False)
-    channels_last(captioner)
+    captioner = load_captioner(told.captioner)
     discriminator = Discriminator()
     discriminator.to(memory_format=torch.channels_last)
     world = scenes()
