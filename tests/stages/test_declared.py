@@ -24,25 +24,29 @@ def declared(name, of, **changes):
 
 
 @pytest.mark.parametrize(
-    ("name", "of", "weights", "fields"),
+    ("name", "of", "weights", "fields", "chosen"),
     [
-        ("wan_a14b", "wan", "wan", {**CLIP, "guidance": {"wan": 2.0}, "extend": 1}),
-        ("wan_a14b", "wan", "wan", {**CLIP, "last_image": "last.png"}),
-        ("wan_a14b", "wan", "wan", {**CLIP, "guidance": {"wan": 1.0}}),
-        ("wan_ti2v", "wan", "wan-ti2v", {**CLIP, "guidance": {"wan": 2.0}}),
-        ("ltx_video", "ltx", "ltx", {**CLIP, "guidance": {"ltx": 2.0}}),
-        ("ltx_video", "ltx", "ltx-distilled", {**CLIP, "guidance": {"ltx": 2.0}}),
-        ("flux_2_klein", "klein", "klein", {"image_model": "klein"}),
-        ("flux_2_klein", "klein", "klein", REFERENCE),
-        ("qwen_image_edit", "qwen_edit", "qwen-edit", QWEN),
-        ("qwen_image_edit", "qwen_edit", "qwen-edit", {**QWEN, **REFERENCE, "guidance": {"qwen_edit": 2.0}}),
+        ("wan_a14b", "wan", "wan", {**CLIP, "guidance": {"wan": 2.0}, "extend": 1}, {}),
+        ("wan_a14b", "wan", "wan", {**CLIP, "last_image": "last.png"}, {}),
+        ("wan_a14b", "wan", "wan", {**CLIP, "guidance": {"wan": 1.0}}, {}),
+        ("wan_ti2v", "wan", "wan-ti2v", {**CLIP, "guidance": {"wan": 2.0}}, {}),
+        ("ltx_video", "ltx", "ltx", {**CLIP, "guidance": {"ltx": 2.0}}, {}),
+        ("ltx_video", "ltx", "ltx-distilled", {**CLIP, "guidance": {"ltx": 2.0}}, {}),
+        ("flux_2_klein", "klein", "klein", {"image_model": "klein"}, {}),
+        ("flux_2_klein", "klein", "klein", REFERENCE, {}),
+        ("qwen_image_edit", "qwen_edit", "qwen-edit", QWEN, {}),
+        ("qwen_image_edit", "qwen_edit", "qwen-edit", {**QWEN, "steps": {"qwen_edit": 5}}, {"first_block_cache": 0.9}),
+        ("wan_a14b", "wan", "wan", {**CLIP, "steps": {"wan": 5}}, {"first_block_cache": 0.9}),
+        ("ltx_video", "ltx", "ltx", {**CLIP, "steps": {"ltx": 5}}, {"first_block_cache": 0.9}),
+        ("wan_a14b", "wan", "wan", CLIP, {"schedule": "wan2.2-i2v-a14b"}),
+        ("qwen_image_edit", "qwen_edit", "qwen-edit", {**QWEN, **REFERENCE, "guidance": {"qwen_edit": 2.0}}, {}),
     ],
 )
-def test_same_bytes_as_the_stage_of_the_model(tiny, make_shot, photo, name, of, weights, fields):
-    written = loaded(STAGE_BY_NAME[of], tiny, weights=resolve(f"builtin:tiny/{weights}"))
+def test_same_bytes_as_the_stage_of_the_model(tiny, make_shot, photo, name, of, weights, fields, chosen):
+    written = loaded(STAGE_BY_NAME[of], tiny, weights=resolve(f"builtin:tiny/{weights}"), **chosen)
     changes = {"constants": {"text_encoder_out_layers": [1, 2, 3]}} if of == "klein" else {}
     stage_class = declared(name, of, **changes)
-    kept = {"cpu_offload", "compile", "weights", "dtype", "device", "threads", "text_tokens"}
+    kept = {"cpu_offload", "compile", "weights", "dtype", "device", "threads", "text_tokens", *chosen}
     options = {key: value for key, value in written.params.model_dump().items() if key in kept}
     stage = stage_class(stage_class.Params(**options))
     stage.load()

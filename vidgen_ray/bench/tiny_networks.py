@@ -314,7 +314,7 @@ CHAT_TEMPLATE = (
 
 def build_klein(folder: Path) -> None:
     """Write FLUX.2 klein, distilled: no guidance, outputs of three layers of the text encoder."""
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     torch.manual_seed(20)
     text_encoder = Qwen3ForCausalLM(
         Qwen3Config(
@@ -348,7 +348,7 @@ def build_klein(folder: Path) -> None:
 
 def build_qwen_edit(folder: Path) -> None:
     """Write Qwen-Image-Edit-2509: a vision-language model reads the instruction and the images."""
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     torch.manual_seed(22)
     text_encoder = Qwen2_5_VLForConditionalGeneration(
@@ -416,7 +416,7 @@ def klein_transformer() -> Any:
     ).eval()
 
 
-def _qwen_tokenizer() -> Any:
+def qwen_tokenizer() -> Any:
     """Return a byte-level BPE tokenizer without merges, which makes one token per byte."""
     pieces = [*sorted(ByteLevel.alphabet()), *SPECIAL_TOKENS]
     tokenizer = Qwen2Tokenizer(

@@ -59,9 +59,17 @@ def _parameters(function: Any) -> dict[str, tuple[Any, bool]]:
     }
 
 
+_LORAS = "load_lora_weights"
+
+
 def problems_of(declaration: Declaration, source: str, lines: Mapping[tuple[str, ...], int]) -> list[FieldError]:
     """Return what the installed diffusers says against a declaration. `source`: name of the file. `lines`: see `lines_of`."""
-    found = _class_problem(declaration) or _problems(declaration, interface_of(class_of(declaration)))
+    found = _class_problem(declaration)
+    if not found:
+        pipeline_class = class_of(declaration)
+        found = [*_problems(declaration, interface_of(pipeline_class))]
+        if declaration.has_loras and not hasattr(pipeline_class, _LORAS):
+            found.append((("has_loras",), "true", f"must be false: {declaration.pipeline} loads no LoRAs"))
     return [FieldError(source, line_at(lines, place), ".".join(place), got, allowed) for place, got, allowed in found]
 
 

@@ -40,6 +40,8 @@ class ValueSource(StrEnum):
     """The image so far, then the photos."""
     VIDEO = "video"
     """The frames so far."""
+    PIXELS = "pixels"
+    """Product of width and height."""
     WIDTH = "width"
     HEIGHT = "height"
     NUM_FRAMES = "num_frames"
@@ -131,6 +133,7 @@ class GuidanceRule(StrictModel):
     off_at: float = Field(
         default=1.0, ge=0, description="Up to this scale there is no second pass, and the negative prompt has no effect."
     )
+    one_batch: bool = Field(default=False, description="Both passes of a guided step are one call of the network.")
 
 
 class PromptRule(StrictModel):
@@ -146,6 +149,7 @@ class Returns(StrictModel):
     """What the pipeline returns."""
 
     images: str = Field(default="frames", description="Attribute of the output with the images or frames.")
+    has_alpha: bool = Field(default=False, description="Images have a fourth channel, which is left out.")
     sound: str | None = Field(default=None, description="Attribute with the sound, channels x samples.")
     sound_hz: int | None = Field(default=None, ge=8000, le=192_000, description="Samples per second of the sound.")
 

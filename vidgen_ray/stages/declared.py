@@ -21,11 +21,12 @@ from vidgen_ray.stages.base import (
     Frames,
     Item,
     ReadText,
-    StageParams,
     diffusers_step_callback,
     noise_generator,
     pixels_to_uint8,
+    torch_dtype,
 )
+from vidgen_ray.stages.first_block_cache import FirstBlockCacheParams, FirstBlockCaches
 from vidgen_ray.stages.loading import (
     ImageParams,
     ImageStage,
@@ -37,6 +38,8 @@ from vidgen_ray.stages.loading import (
     speed_up_transformers,
 )
 from vidgen_ray.stages.lora import LoraAdapters
+from vidgen_ray.stages.schedules import ScheduleParams
+from vidgen_ray.stages.speed import Fp8Params, is_in_fp8
 from vidgen_ray.stages.video import VideoStage, prompt_of
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ _READ: Mapping[ValueSource, tuple[str, ...]] = {
     ValueSource.INSTRUCTION: ("prompt", "style_prompt"),
     ValueSource.NEGATIVE_PROMPT: ("negative_prompt",),
     ValueSource.LAST_IMAGE: ("last_image",),
+    ValueSource.PIXELS: ("width", "height"),
     ValueSource.WIDTH: ("width",),
     ValueSource.HEIGHT: ("height",),
     ValueSource.NUM_FRAMES: ("num_frames",),
@@ -58,7 +62,7 @@ _READ: Mapping[ValueSource, tuple[str, ...]] = {
 """Source of a value -> shot fields that it depends on."""
 
 
-class _DeclaredOptions(StageParams):
+class _DeclaredOptions(FirstBlockCacheParams, Fp8Params, ScheduleParams):
     """Options of every declared pipeline."""
 
     text_tokens: int | None = Field(default=None, ge=1, le=4096)
@@ -94,11 +98,13 @@ class _DeclaredPipeline(OffloadedStage[Any]):
             cpu_offload=self.params.cpu_offload,
         )
         speed_up_transformers(self.pipe, self.params)
+        self.caches = FirstBlockCaches(self.pipe, self.params)
         self.adapters = LoraAdapters(
             self.pipe,
             self.params.adapters_kept,
             declaration.label,
             self.lora_field or "lora",
+            dtype=torch_dtype(self.params.dtype) if is_in_fp8(self.params) else None,
             is_compiled=self.params.compile,
         )
 
@@ -137,13 +143,15 @@ class _DeclaredPipeline(OffloadedStage[Any]):
             if value is not None:
                 arguments[argument] = value
         report = diffusers_step_callback(self.name) if declaration.progress else {}
-        with self.adapters.active(self.active_loras(item.shot)):
+        separate = self.is_guided(item.shot) and not (declaration.guidance and declaration.guidance.one_batch)
+        with self.adapters.active(self.active_loras(item.shot)), self.caches.steps(guided=separate):
             self.note(*self.adapters.take_notes())
             result = self.pipe(
                 **arguments, **report, generator=noise_generator(self.generator_seed(item.shot)), output_type="pt"
             )
         found: torch.Tensor = getattr(result, declaration.returns.images)
-        return found[0] if found.ndim == 5 else found
+        frames = found[0] if found.ndim == 5 else found
+        return frames[:, :3] if declaration.returns.has_alpha else frames
 
     def checked(self, pixels: torch.Tensor, count: int, shot: Shot) -> Frames:
         """Return pixels (N, 3, H, W), 0 to 1, as uint8 (N, H, W, 3). Raises StageError for another number or size."""
@@ -195,6 +203,8 @@ class _DeclaredPipeline(OffloadedStage[Any]):
                 return [_as_pil(item.image), *self._photos(item)]
             case ValueSource.VIDEO:
                 return [_as_pil(frame) for frame in item.frames]
+            case ValueSource.PIXELS:
+                return shot.width * shot.height
             case ValueSource.STEPS:
                 return getattr(shot.steps, self.name) or declaration.steps
             case ValueSource.GUIDANCE:
@@ -210,7 +220,8 @@ class _DeclaredPipeline(OffloadedStage[Any]):
         if not self.is_guided(shot):
             return None
         rule = self.declaration.text
-        return shot.negative_prompt or (rule.negative if rule is not None else None)
+        own: str | None = self.params.negative_prompt_of(shot)
+        return own or (rule.negative if rule is not None else None)
 
     def _photos(self, item: Item) -> list[PILImage.Image]:
         photos = item.photos if self.uses_identity(item.shot) else ()
@@ -257,7 +268,6 @@ def stage_of(declaration: Declaration) -> type[_DeclaredPipeline]:
     is_video = slot == "video"
     base: type[_DeclaredPipeline] = DeclaredVideoStage if is_video else DeclaredImageStage
     options = DeclaredClipParams if is_video else DeclaredImageParams
-    digest = hashlib.sha256(f"{RULES_VERSION} {declaration.model_dump_json()}".encode()).hexdigest()
     sees_photos = not sources.isdisjoint({ValueSource.REFERENCES, ValueSource.IMAGE_AND_REFERENCES})
     fields = {
         "__doc__": f"{declaration.label}: diffusers `{declaration.pipeline}`.",
@@ -276,14 +286,25 @@ def stage_of(declaration: Declaration) -> type[_DeclaredPipeline]:
         "identity_fields": ("face_image",) if sees_photos else (),
         "identity_inputs": ("photos",) if sees_photos else (),
         "uses_shot_seed": slot == "image",
-        "Params": type(
-            f"{declaration.name}_params", (options,), {"__annotations__": {"declaration": str}, "declaration": digest}
-        ),
+        "Params": _params_of(declaration, options),
     }
     made: type[_DeclaredPipeline] = types.new_class(
         f"Declared_{declaration.name}", (base,), exec_body=lambda body: body.update(fields)
     )
     return made
+
+
+def _params_of(declaration: Declaration, options: type[_DeclaredOptions]) -> type[_DeclaredOptions]:
+    """Return the parameters of a stage, with the digest of its declaration, so that another one has other keys."""
+    facts = declaration.model_dump_json(exclude={"label", "licence", "sources", "tiny"})
+    digest = hashlib.sha256(f"{RULES_VERSION} {facts}".encode()).hexdigest()
+    fields = {
+        "__module__": __name__,
+        "__annotations__": {"declaration": str, "schedule_actor": ClassVar[str]},
+        "declaration": digest,
+        "schedule_actor": declaration.name,
+    }
+    return types.new_class(f"Params_{declaration.name}", (options,), exec_body=lambda body: body.update(fields))
 
 
 def _fields_read(declaration: Declaration) -> tuple[str, ...]:
